@@ -1,0 +1,282 @@
+"""What one worker process is made of, and the order in which it comes up.
+
+The composition root of `workers`: checkpoint, HBM manager's memory, scheduler, runner, sampler, engine and server are built here and
+nowhere else. The Ray actor (`workers.actor`), the benchmarks and the tests use it alike; it knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexpert.hbm import HbmClient, KvArena
+from flexpert.workers.engine import Engine
+from flexpert.workers.kv_books import KvBooks, KvGeometry
+from flexpert.workers.memory import ArenaMemory, KvMemory, TorchMemory, bytes_at
+from flexpert.workers.messages import Welcome
+from flexpert.workers.model import (
+    BoundModel,
+    ServableModel,
+    bind,
+    check_servable,
+    kv_token_bytes,
+    load_into,
+    plan_weights,
+)
+from flexpert.workers.runner import ModelRunner
+from flexpert.workers.sampling import Sampler
+from flexpert.workers.scheduler import Scheduler, SchedulerConfig
+from flexpert.workers.server import WorkerServer
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+DONOR_SLOTS_PER_RUNNING = 1
+LAYOUT_VERSION = 1
+
+
+class WorkerStartError(RuntimeError):
+    """The worker cannot come up with what it was given; starting it again changes nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """How one worker runs.
+
+    manager_socket: the device's HBM manager; None keeps weights and KV in plain torch memory of this process (nothing outlives it).
+    incarnation: the fencing token, greater than that of any worker that held this device before. kv_bytes: memory for KV, None takes
+    what the manager has left (at most MAX_DEFAULT_KV_BYTES). max_context_tokens None takes the model's own.
+    """
+
+    worker_id: str
+    model_dir: Path
+    model_id: str
+    cluster_token: str
+    address: str
+    incarnation: int = 1
+    device: str = "cpu"
+    dtype: str | None = None
+    manager_socket: Path | None = None
+    max_running: int = 64
+    max_batch_tokens: int = 512
+    max_context_tokens: int | None = None
+    kv_bytes: int | None = None
+    threads: int | None = None
+
+
+MAX_DEFAULT_KV_BYTES = 1 << 30
+HOST_GRANULE_BYTES = 1 << 16
+
+
+@dataclass
+class StartTimes:
+    """Seconds of each phase of a start, for events and metrics."""
+
+    phases: dict[str, float] = field(default_factory=dict)
+    _began_s: float = field(default_factory=time.perf_counter)
+
+    def mark(self, phase: str) -> None:
+        now_s = time.perf_counter()
+        self.phases[phase] = round(now_s - self._began_s, 4)
+        self._began_s = now_s
+
+
+class WorkerProcess:
+    """One worker: `start` brings it up, `address` is where gateways connect, `stop` ends its threads."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config = config
+        self.address = config.address
+        self.times = StartTimes()
+        self.weights_loaded = False
+        self._client: HbmClient | None = None
+        self._engine: Engine | None = None
+        self._server: WorkerServer | None = None
+        self._thread: threading.Thread | None = None
+        self._books: KvBooks | None = None
+
+    def start(self, on_progress: Progress | None = None) -> str:
+        """Map or load the weights, open the KV arena, listen. Raises WorkerStartError, UnservableModelError, CheckpointError, HbmError."""
+        torch.set_num_threads(self.config.threads or os.cpu_count() or 1)
+        torch.set_grad_enabled(False)
+        servable = check_servable(self.config.model_dir)
+        self.times.mark("check_model")
+        bound = self._bind(servable, on_progress)
+        self.times.mark("weights")
+        engine, max_context_tokens = self._build(servable, bound)
+        self.times.mark("kv")
+        welcome = Welcome(
+            worker_id=self.config.worker_id,
+            incarnation=self.config.incarnation,
+            model_id=self.config.model_id,
+            vocab_size=servable.vocab_size,
+            max_context_tokens=max_context_tokens,
+            max_running=self.config.max_running,
+        )
+        self._server = WorkerServer(
+            address=self.config.address, cluster_token=self.config.cluster_token, welcome=welcome
+        )
+        self._emit = self._server.emit
+        self.address = self._server.start(engine)
+        self._thread = threading.Thread(target=engine.run, name="engine", daemon=True)
+        self._thread.start()
+        self.times.mark("listen")
+        log.info("worker %s serves %s at %s; %s", self.config.worker_id, self.config.model_id, self.address, self.times.phases)
+        return self.address
+
+    def stop(self) -> None:
+        """End engine and server; weights, KV and records stay with the manager."""
+        if self._engine is not None and self._thread is not None:
+            self._engine.stop()
+            self._thread.join()
+        if self._server is not None:
+            self._server.stop()
+        if self._client is not None:
+            self._client.close()
+
+    def status(self) -> dict[str, Any]:
+        """What `flexpert status` shows of this worker."""
+        stats = self._engine.stats() if self._engine is not None else None
+        return {
+            "worker_id": self.config.worker_id,
+            "incarnation": self.config.incarnation,
+            "pid": os.getpid(),
+            "device": self.config.device,
+            "dtype": self._dtype_name(),
+            "model_id": self.config.model_id,
+            "address": self.address,
+            "weights_loaded": self.weights_loaded,
+            "start_s": dict(self.times.phases),
+            "stats": None if stats is None else {name: getattr(stats, name) for name in stats.__struct_fields__},
+        }
+
+    # Weights
+
+    def _dtype_name(self) -> str:
+        return self.config.dtype or ("float32" if self.config.device == "cpu" else "bfloat16")
+
+    def _bind(self, servable: ServableModel, on_progress: Progress | None) -> BoundModel:
+        if self.config.manager_socket is None:
+            return self._bind_private(servable, on_progress)
+        client = HbmClient.connect(
+            self.config.manager_socket, client_name=self.config.worker_id, fencing_token=self.config.incarnation
+        )
+        self._client = client
+        key = weights_key(self.config.model_dir, self._dtype_name())
+        state = client.weights_state(key)
+        if state is None or state.status != "ready":
+            plan = plan_weights(servable, self._dtype_name())
+            client.load_weights(key, plan, on_progress=on_progress)
+            self.weights_loaded = True
+        mapped = client.map_weights(key)
+        segments = {name: bytes_at(segment.address, segment.nbytes) for name, segment in mapped.segments.items()}
+        return self._bind_on_device(servable, mapped.manifest, segments)
+
+    def _bind_private(self, servable: ServableModel, on_progress: Progress | None) -> BoundModel:
+        plan = plan_weights(servable, self._dtype_name())
+        segments = {name: torch.empty(nbytes, dtype=torch.uint8) for name, nbytes in plan.segments.items()}
+        load_into(plan, segments, on_progress)
+        self.weights_loaded = True
+        return self._bind_on_device(servable, plan.manifest, segments)
+
+    def _bind_on_device(self, servable: ServableModel, manifest: bytes, segments: dict[str, torch.Tensor]) -> BoundModel:
+        device = torch.device(self.config.device)
+        if device.type != "cpu":
+            segments = {name: segment.to(device) for name, segment in segments.items()}
+        return bind(servable, manifest, segments, device=device)
+
+    # KV, scheduler, engine
+
+    def _build(self, servable: ServableModel, bound: BoundModel) -> tuple[Engine, int]:
+        token_bytes = kv_token_bytes(servable, self._dtype_name())
+        max_context_tokens = self._max_context(servable)
+        memory, books = self._open_kv(token_bytes, max_context_tokens)
+        books.restore(memory.records())
+        scheduler_config = SchedulerConfig(
+            max_running=self.config.max_running,
+            max_batch_tokens=max(self.config.max_batch_tokens, self.config.max_running),
+            max_context_tokens=max_context_tokens,
+        )
+        scheduler = Scheduler(scheduler_config, books)
+        runner = ModelRunner(bound, memory.tensor)
+        self._books = books
+        self._engine = Engine(
+            scheduler=scheduler, runner=runner, sampler=Sampler(), memory=memory, emit=lambda owner, frame: self._emit(owner, frame)
+        )
+        return self._engine, max_context_tokens
+
+    def _max_context(self, servable: ServableModel) -> int:
+        wanted = self.config.max_context_tokens
+        if wanted is not None and wanted > servable.max_context_tokens:
+            raise WorkerStartError(
+                f"max context: found {wanted} tokens, the model was made for at most {servable.max_context_tokens}; give a smaller --max-context"
+            )
+        return wanted or servable.max_context_tokens
+
+    def _open_kv(self, token_bytes: int, max_context_tokens: int) -> tuple[KvMemory, KvBooks]:
+        slots = self.config.max_running * (1 + DONOR_SLOTS_PER_RUNNING)
+        if self._client is None or self.config.device != "cpu":
+            return self._open_private_kv(slots, token_bytes, max_context_tokens)
+        info = self._client.info()
+        slot_bytes = round_up(max_context_tokens * token_bytes, info.granule_bytes)
+        kv_bytes = self.config.kv_bytes or min(info.free_bytes, MAX_DEFAULT_KV_BYTES)
+        granules = min(kv_bytes // info.granule_bytes, slots * slot_bytes // info.granule_bytes)
+        self._require_kv(granules * info.granule_bytes, token_bytes)
+        arena: KvArena = self._client.open_kv_arena(
+            f"kv:{self.config.model_id}", slots=slots, slot_bytes=slot_bytes, granules=granules
+        )
+        geometry = KvGeometry(
+            slots=slots,
+            max_context_tokens=max_context_tokens,
+            token_bytes=token_bytes,
+            granule_bytes=info.granule_bytes,
+            shareable=True,
+        )
+        memory = ArenaMemory(arena, slots=slots, slot_bytes=slot_bytes, token_bytes=token_bytes)
+        return memory, KvBooks(geometry, arena.granules)
+
+    def _open_private_kv(self, slots: int, token_bytes: int, max_context_tokens: int) -> tuple[KvMemory, KvBooks]:
+        slot_bytes = round_up(max_context_tokens * token_bytes, HOST_GRANULE_BYTES)
+        device = torch.device(self.config.device)
+        if self.config.kv_bytes is not None:
+            slots = min(slots, self.config.kv_bytes // slot_bytes)
+        elif device.type == "cuda":
+            slots = min(slots, int(torch.cuda.mem_get_info(device)[0] * 0.8) // slot_bytes)
+        self._require_kv(slots * slot_bytes, max_context_tokens * token_bytes)
+        geometry = KvGeometry(
+            slots=slots,
+            max_context_tokens=max_context_tokens,
+            token_bytes=token_bytes,
+            granule_bytes=HOST_GRANULE_BYTES,
+            shareable=False,
+        )
+        memory = TorchMemory(slots=slots, slot_bytes=slot_bytes, token_bytes=token_bytes, device=device)
+        return memory, KvBooks(geometry, range(slots * slot_bytes // HOST_GRANULE_BYTES))
+
+    def _require_kv(self, found_bytes: int, needed_bytes: int) -> None:
+        if found_bytes < needed_bytes:
+            raise WorkerStartError(
+                f"no memory for KV: found {found_bytes} bytes, at least {needed_bytes} are needed; raise --memory or --kv-memory, or lower --max-context"
+            )
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is not below `value`."""
+    return -(-value // multiple) * multiple
+
+
+def weights_key(model_dir: Path, dtype: str) -> str:
+    """Names the bytes that a checkpoint becomes: its files (name, size, modification time), the dtype, the layout's version."""
+    files = sorted(path for path in model_dir.iterdir() if path.suffix in {".safetensors", ".json"})
+    stamp = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    text = repr((str(model_dir.resolve()), stamp, dtype, LAYOUT_VERSION))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
