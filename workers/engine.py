@@ -81,6 +81,7 @@ class Engine:
         self._owners: set[Owner] = set()
         self._last_stats_s = 0.0
         self.times = StepTimes()
+        self.on_step: Callable[[StepPlan, StepTimes], None] | None = None
 
     # Called from any thread
 
@@ -135,7 +136,6 @@ class Engine:
         self._memory.apply(plan.memory)
         scheduled_s = time.perf_counter()
         logits = self._runner.forward(plan.rows)
-        computed_s = time.perf_counter()
         sampled = self._sample(plan.rows, logits)
         sampled_s = time.perf_counter()
         self._memory.commit([(row.slot, row.end) for row in plan.rows])
@@ -144,7 +144,8 @@ class Engine:
         ended_s = time.perf_counter()
         build_s = self._runner.last_build_s
         self.times = StepTimes(host_s=scheduled_s - began_s + build_s + ended_s - sampled_s, step_s=ended_s - began_s)
-        log.debug("step %d: %d rows, model %.2f ms", plan.step, len(plan.rows), 1e3 * (computed_s - scheduled_s))
+        if self.on_step is not None:
+            self.on_step(plan, self.times)
 
     def _sample(self, rows: tuple[Row, ...], logits: torch.Tensor) -> dict[str, Sampled]:
         """Split the runner's logits [wanted rows, vocab] by request; draw where a row asks for a token."""

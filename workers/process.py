@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from flexpert.hbm import HbmClient, KvArena
-from flexpert.workers.engine import Engine
+from flexpert.workers.engine import Engine, Owner
 from flexpert.workers.kv_books import KvBooks, KvGeometry
 from flexpert.workers.memory import ArenaMemory, KvMemory, TorchMemory, bytes_at
-from flexpert.workers.messages import Welcome
+from flexpert.workers.messages import Welcome, WorkerFrame
 from flexpert.workers.model import (
     BoundModel,
     ServableModel,
@@ -102,7 +102,7 @@ class WorkerProcess:
         self._engine: Engine | None = None
         self._server: WorkerServer | None = None
         self._thread: threading.Thread | None = None
-        self._books: KvBooks | None = None
+        self._taps: dict[Owner, Callable[[WorkerFrame], None]] = {}
 
     def start(self, on_progress: Progress | None = None) -> str:
         """Map or load the weights, open the KV arena, listen. Raises WorkerStartError, UnservableModelError, CheckpointError, HbmError."""
@@ -125,7 +125,6 @@ class WorkerProcess:
         self._server = WorkerServer(
             address=self.config.address, cluster_token=self.config.cluster_token, welcome=welcome
         )
-        self._emit = self._server.emit
         self.address = self._server.start(engine)
         self._thread = threading.Thread(target=engine.run, name="engine", daemon=True)
         self._thread.start()
@@ -158,6 +157,24 @@ class WorkerProcess:
             "start_s": dict(self.times.phases),
             "stats": None if stats is None else {name: getattr(stats, name) for name in stats.__struct_fields__},
         }
+
+    @property
+    def engine(self) -> Engine:
+        """The running engine, for callers in this process (benchmarks, tests)."""
+        if self._engine is None:
+            raise RuntimeError("the worker was not started: call start() first")
+        return self._engine
+
+    def tap(self, owner: Owner, take: Callable[[WorkerFrame], None]) -> None:
+        """Frames for `owner` go to `take`, on the engine's thread, instead of to a stream."""
+        self._taps[owner] = take
+
+    def _deliver(self, owner: Owner, frame: WorkerFrame) -> None:
+        take = self._taps.get(owner)
+        if take is not None:
+            take(frame)
+        elif self._server is not None:
+            self._server.emit(owner, frame)
 
     # Weights
 
@@ -208,10 +225,7 @@ class WorkerProcess:
         )
         scheduler = Scheduler(scheduler_config, books)
         runner = ModelRunner(bound, memory.tensor)
-        self._books = books
-        self._engine = Engine(
-            scheduler=scheduler, runner=runner, sampler=Sampler(), memory=memory, emit=lambda owner, frame: self._emit(owner, frame)
-        )
+        self._engine = Engine(scheduler=scheduler, runner=runner, sampler=Sampler(), memory=memory, emit=self._deliver)
         return self._engine, max_context_tokens
 
     def _max_context(self, servable: ServableModel) -> int:
