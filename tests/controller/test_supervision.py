@@ -1,0 +1,310 @@
+"""The supervision machine alone: scripted stories, and chaos against a small model of the world."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexpert.controller.supervision import (
+    AGENT,
+    GATEWAY,
+    AgentReady,
+    AssignWorker,
+    Begin,
+    Died,
+    DrainGateway,
+    Failed,
+    GatewayDrained,
+    GatewayReady,
+    GiveUp,
+    ImpossibleEvent,
+    Instruction,
+    KillProcess,
+    ManagerLost,
+    Pause,
+    PauseOver,
+    ProcessWarm,
+    SetWorkers,
+    SpawnProcess,
+    StartAgent,
+    StartGateway,
+    StopAll,
+    StopRequested,
+    Supervision,
+    SupervisionConfig,
+    WorkerAddress,
+    WorkerFound,
+    WorkerReady,
+)
+
+
+def started(**config: object) -> Supervision:
+    """A machine whose agent, gateway and worker serve, at time 0."""
+    machine = Supervision(SupervisionConfig(**config))
+    machine.handle(Begin(), now_s=0)
+    for event in (AgentReady(), GatewayReady(1), ProcessWarm("process-0"), WorkerReady("process-0", "unix:/w")):
+        machine.handle(event, now_s=0)
+    assert machine.ready
+    return machine
+
+
+def test_everything_starts_at_once() -> None:
+    machine = Supervision(SupervisionConfig())
+    assert machine.handle(Begin(), now_s=0) == [StartAgent(), SpawnProcess("process-0"), StartGateway(1)]
+
+
+@pytest.mark.parametrize("manager_first", [True, False])
+def test_worker_is_assigned_when_both_process_and_manager_are_there(manager_first: bool) -> None:
+    machine = Supervision(SupervisionConfig(), incarnations={"worker-0": 6})
+    machine.handle(Begin(), now_s=0)
+    first, second = (
+        (AgentReady(), ProcessWarm("process-0")) if manager_first else (ProcessWarm("process-0"), AgentReady())
+    )
+    assert machine.handle(first, now_s=1) == []
+    assert machine.handle(second, now_s=2) == [AssignWorker("process-0", "worker-0", 7)]
+
+
+def test_gateway_is_told_of_workers_once() -> None:
+    machine = Supervision(SupervisionConfig())
+    for event in (Begin(), AgentReady(), GatewayReady(1), ProcessWarm("process-0")):
+        orders = machine.handle(event, now_s=0)
+    orders = machine.handle(WorkerReady("process-0", "unix:/w"), now_s=0)
+    assert orders == [SetWorkers((WorkerAddress("worker-0", 1, "unix:/w"),))]
+    assert machine.handle(AgentReady(), now_s=0) == []
+
+
+def test_dead_worker_is_replaced_at_once_with_a_greater_incarnation() -> None:
+    machine = started()
+    orders = machine.handle(Died("process-0", "killed"), now_s=10)
+    assert orders == [KillProcess("process-0"), SpawnProcess("process-1"), SetWorkers(())]
+    assert machine.handle(ProcessWarm("process-1"), now_s=11) == [AssignWorker("process-1", "worker-0", 2)]
+    orders = machine.handle(WorkerReady("process-1", "unix:/w2"), now_s=12)
+    assert orders == [SetWorkers((WorkerAddress("worker-0", 2, "unix:/w2"),))]
+
+
+def test_standby_takes_over_in_the_same_step() -> None:
+    machine = started(standbys=1)
+    machine.handle(ProcessWarm("process-1"), now_s=1)
+    orders = machine.handle(Died("process-0", "killed"), now_s=10)
+    assert AssignWorker("process-1", "worker-0", 2) in orders
+    assert not any(isinstance(order, SpawnProcess) for order in orders), (
+        "the next standby waits until the worker serves"
+    )
+    assert SpawnProcess("process-2") in machine.handle(WorkerReady("process-1", "unix:/w2"), now_s=11)
+
+
+def test_gateway_death_restarts_it_and_tells_it_the_workers_again() -> None:
+    machine = started()
+    assert machine.handle(Died(GATEWAY, "killed"), now_s=10) == [StartGateway(2)]
+    assert machine.handle(GatewayReady(2), now_s=11) == [SetWorkers((WorkerAddress("worker-0", 1, "unix:/w"),))]
+
+
+def test_permanent_failure_of_the_first_start_gives_up_at_once() -> None:
+    machine = Supervision(SupervisionConfig())
+    for event in (Begin(), AgentReady(), ProcessWarm("process-0")):
+        machine.handle(event, now_s=0)
+    orders = machine.handle(Failed("process-0", "model", "not a Mixture of Experts", True), now_s=1)
+    assert orders[-1] == GiveUp("worker-0", "model", "not a Mixture of Experts")
+    assert machine.handle(PauseOver("worker-0"), now_s=2) == []
+
+
+def test_repeated_failure_pauses_longer_each_time_and_then_gives_up() -> None:
+    config = SupervisionConfig(max_start_failures=4, backoff_base_s=1, backoff_max_s=2)
+    machine = Supervision(config)
+    machine.handle(Begin(), now_s=0)
+    delays = []
+    for _ in range(3):
+        [pause] = machine.handle(Failed(AGENT, "internal", "boom", False), now_s=0)
+        assert isinstance(pause, Pause)
+        delays.append(pause.delay_s)
+        assert machine.handle(PauseOver(AGENT), now_s=0) == [StartAgent()]
+    assert delays == [1, 2, 2]
+    assert machine.handle(Failed(AGENT, "internal", "boom", False), now_s=0) == [GiveUp(AGENT, "internal", "boom")]
+
+
+def test_worker_that_dies_again_soon_is_started_after_a_pause_and_never_given_up() -> None:
+    machine = started(backoff_base_s=1, backoff_max_s=4)
+    delays = []
+    for number in range(8):
+        orders = machine.handle(Died(f"process-{number}", "crash"), now_s=number)
+        pauses = [order for order in orders if isinstance(order, Pause)]
+        delays.append(pauses[0].delay_s if pauses else 0)
+        if pauses:
+            machine.handle(PauseOver("worker-0"), now_s=number)
+        machine.handle(ProcessWarm(f"process-{number + 1}"), now_s=number)
+        machine.handle(WorkerReady(f"process-{number + 1}", "unix:/w"), now_s=number)
+    assert delays == [0, 2, 4, 4, 4, 4, 4, 4]
+    assert machine.ready
+
+
+def test_long_service_forgives_earlier_deaths() -> None:
+    machine = started(stable_s=60)
+    for number, now_s in enumerate((1, 100, 200)):
+        orders = machine.handle(Died(f"process-{number}", "crash"), now_s=now_s)
+        assert not any(isinstance(order, Pause) for order in orders)
+        machine.handle(ProcessWarm(f"process-{number + 1}"), now_s=now_s)
+        machine.handle(WorkerReady(f"process-{number + 1}", "unix:/w"), now_s=now_s)
+
+
+def test_lost_manager_takes_its_workers_with_it() -> None:
+    machine = started()
+    orders = machine.handle(ManagerLost("killed"), now_s=10)
+    assert orders[:3] == [KillProcess("process-0"), StartAgent(), SpawnProcess("process-1")]
+    machine.handle(ProcessWarm("process-1"), now_s=11)
+    assert machine.handle(AgentReady(), now_s=12) == [AssignWorker("process-1", "worker-0", 2)]
+
+
+def test_stop_drains_first_and_still_replaces_a_dead_worker_meanwhile() -> None:
+    machine = started()
+    assert machine.handle(StopRequested(), now_s=1) == [DrainGateway()]
+    assert SpawnProcess("process-1") in machine.handle(Died("process-0", "killed"), now_s=2)
+    assert machine.handle(GatewayDrained(), now_s=3) == [StopAll()]
+    assert machine.handle(Died("process-1", "killed"), now_s=4) == []
+
+
+def test_gateway_death_while_draining_ends_the_drain() -> None:
+    machine = started()
+    machine.handle(StopRequested(), now_s=1)
+    assert machine.handle(Died(GATEWAY, "killed"), now_s=2) == [StopAll()]
+
+
+def test_stop_before_anything_serves_ends_at_once() -> None:
+    machine = Supervision(SupervisionConfig())
+    machine.handle(Begin(), now_s=0)
+    assert machine.handle(StopRequested(), now_s=1) == [StopAll()]
+
+
+def test_restarted_controller_takes_over_what_still_serves() -> None:
+    machine = Supervision(SupervisionConfig(), incarnations={"worker-0": 3}, first_process=5, first_generation=2)
+    machine.handle(AgentReady(), now_s=0)
+    machine.handle(GatewayReady(2), now_s=0)
+    machine.handle(WorkerFound("process-4", "worker-0", 3, "unix:/w"), now_s=0)
+    assert machine.handle(Begin(), now_s=0) == [SetWorkers((WorkerAddress("worker-0", 3, "unix:/w"),))]
+
+
+def test_impossible_event_tells_the_story() -> None:
+    machine = started()
+    with pytest.raises(ImpossibleEvent, match=r"WorkerReady.*cannot follow(.|\n)*AssignWorker"):
+        machine.handle(WorkerReady("process-0", "unix:/x"), now_s=1)
+
+
+class World:
+    """Carries out instructions, checks each of them, and offers the events that could come next."""
+
+    def __init__(self, standbys: int) -> None:
+        config = SupervisionConfig(worker_ids=("worker-0", "worker-1"), standbys=standbys, max_start_failures=3)
+        self.machine = Supervision(config)
+        self.agent = self.gateway = "absent"
+        self.generation = 0
+        self.processes: dict[str, str] = {}  # name -> spawning | warm | starting | serving
+        self.worker_of: dict[str, str] = {}
+        self.incarnations = {"worker-0": 0, "worker-1": 0}
+        self.pauses: list[str] = []
+        self.told: tuple[WorkerAddress, ...] = ()
+        self.over = False
+        self.now_s = 0.0
+        self.send(Begin())
+
+    def send(self, event: object) -> None:
+        self.now_s += 1
+        for order in self.machine.handle(event, now_s=self.now_s):  # type: ignore[arg-type]
+            assert not self.over, f"{order} after the end"
+            self.carry_out(order)
+        if self.gateway == "ready" and not self.over:
+            assert self.told == self.machine.serving
+
+    def carry_out(self, order: Instruction) -> None:
+        match order:
+            case StartAgent():
+                assert self.agent == "absent"
+                self.agent = "starting"
+            case SpawnProcess(process):
+                assert process not in self.processes
+                self.processes[process] = "spawning"
+            case AssignWorker(process, worker_id, incarnation):
+                assert self.agent == "ready"
+                assert self.processes[process] == "warm"
+                assert worker_id not in self.worker_of.values(), "two processes for one worker"
+                assert incarnation > self.incarnations[worker_id]
+                self.incarnations[worker_id] = incarnation
+                self.processes[process], self.worker_of[process] = "starting", worker_id
+            case KillProcess(process):
+                self.forget(process)
+            case StartGateway(generation):
+                assert self.gateway == "absent"
+                assert generation > self.generation
+                self.gateway, self.generation = "starting", generation
+            case SetWorkers(workers):
+                assert self.gateway == "ready"
+                self.told = workers
+            case Pause(component, delay_s):
+                assert 0 < delay_s <= 10
+                assert component not in self.pauses
+                self.pauses.append(component)
+            case GiveUp() | StopAll():
+                self.over = True
+
+    def forget(self, process: str) -> None:
+        self.processes.pop(process, None)
+        self.worker_of.pop(process, None)
+
+    def good_events(self) -> list[object]:
+        found: list[object] = [PauseOver(component) for component in self.pauses]
+        found += [AgentReady()] if self.agent == "starting" else []
+        found += [GatewayReady(self.generation)] if self.gateway == "starting" else []
+        found += [ProcessWarm(name) for name, phase in self.processes.items() if phase == "spawning"]
+        found += [WorkerReady(name, f"unix:/{name}") for name, phase in self.processes.items() if phase == "starting"]
+        return found
+
+    def bad_events(self) -> list[object]:
+        found: list[object] = [ManagerLost("killed")] if self.agent == "ready" else []
+        found += [Died(AGENT, "killed")] if self.agent == "ready" else []
+        found += [Failed(AGENT, "internal", "no", False)] if self.agent == "starting" else []
+        found += [Died(GATEWAY, "killed")] if self.gateway == "ready" else []
+        for name, phase in self.processes.items():
+            found.append(Died(name, "killed"))
+            found += [Failed(name, "memory", "no", True)] if phase == "starting" else []
+        return found
+
+    def happen(self, event: object) -> None:
+        match event:
+            case PauseOver(component):
+                self.pauses.remove(component)
+            case AgentReady():
+                self.agent = "ready"
+            case GatewayReady():
+                self.gateway, self.told = "ready", ()
+            case ProcessWarm(process):
+                self.processes[process] = "warm"
+            case WorkerReady(process, _):
+                self.processes[process] = "serving"
+            case ManagerLost() | Died("agent") | Failed("agent"):
+                self.agent = "absent"
+            case Died("gateway"):
+                self.gateway = "absent"
+            case Died(process) | Failed(process):
+                self.forget(process)
+        self.send(event)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), standbys=st.integers(0, 2))
+def test_chaos_never_breaks_the_rules_and_calm_brings_everything_back(data: st.DataObject, standbys: int) -> None:
+    world = World(standbys)
+    for _ in range(data.draw(st.integers(0, 60))):
+        events = world.good_events() + world.bad_events()
+        if world.over or not events:
+            break
+        world.happen(data.draw(st.sampled_from(events)))
+    for _ in range(100):
+        if world.over or not (events := world.good_events()):
+            break
+        world.happen(events[0])
+    assert world.over or world.machine.ready
+    if not world.over:
+        spare = [name for name in world.processes if name not in world.worker_of]
+        assert len(spare) == standbys
+        world.send(StopRequested())
+        world.send(GatewayDrained())
+        assert world.over
