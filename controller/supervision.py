@@ -17,9 +17,36 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-AGENT = "agent"
-GATEWAY = "gateway"
-SPARE = "standby"
+from flexpert.controller.supervision_types import (
+    AGENT,
+    GATEWAY,
+    SPARE,
+    AgentReady,
+    AssignWorker,
+    Begin,
+    Died,
+    DrainGateway,
+    Event,
+    Failed,
+    GatewayDrained,
+    GatewayReady,
+    GiveUp,
+    Instruction,
+    KillProcess,
+    ManagerLost,
+    Pause,
+    PauseOver,
+    ProcessWarm,
+    SetWorkers,
+    SpawnProcess,
+    StartAgent,
+    StartGateway,
+    StopAll,
+    StopRequested,
+    WorkerAddress,
+    WorkerFound,
+    WorkerReady,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,174 +59,6 @@ class SupervisionConfig:
     backoff_base_s: float = 0.5
     backoff_max_s: float = 10.0
     stable_s: float = 60.0
-
-
-# Events
-
-
-@dataclass(frozen=True, slots=True)
-class Begin:
-    """Start everything that was not found running."""
-
-
-@dataclass(frozen=True, slots=True)
-class AgentReady:
-    """The node agent runs and its HBM manager answers."""
-
-
-@dataclass(frozen=True, slots=True)
-class ManagerLost:
-    """The HBM manager died: the memory of its workers is gone with it."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessWarm:
-    process: str
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerReady:
-    process: str
-    address: str
-
-
-@dataclass(frozen=True, slots=True)
-class GatewayReady:
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerFound:
-    """A restarted controller found this worker still serving (before Begin)."""
-
-    process: str
-    worker_id: str
-    incarnation: int
-    address: str
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """Something could not start. component: AGENT, GATEWAY or a process name; kind names the class of error, for the exit code."""
-
-    component: str
-    kind: str
-    reason: str
-    permanent: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Died:
-    """A process ended that nobody told to end. component as in Failed."""
-
-    component: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class PauseOver:
-    component: str
-
-
-@dataclass(frozen=True, slots=True)
-class StopRequested:
-    """Drain, then end everything."""
-
-
-@dataclass(frozen=True, slots=True)
-class GatewayDrained:
-    """No request is left, or the time to drain was up."""
-
-
-Event = (
-    Begin | AgentReady | ManagerLost | ProcessWarm | WorkerReady | GatewayReady | WorkerFound | Failed | Died | PauseOver
-    | StopRequested | GatewayDrained
-)  # fmt: skip
-
-
-# Instructions
-
-
-@dataclass(frozen=True, slots=True)
-class StartAgent:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class SpawnProcess:
-    process: str
-
-
-@dataclass(frozen=True, slots=True)
-class AssignWorker:
-    process: str
-    worker_id: str
-    incarnation: int
-
-
-@dataclass(frozen=True, slots=True)
-class KillProcess:
-    process: str
-
-
-@dataclass(frozen=True, slots=True)
-class StartGateway:
-    generation: int
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class WorkerAddress:
-    worker_id: str
-    incarnation: int
-    address: str
-
-
-@dataclass(frozen=True, slots=True)
-class SetWorkers:
-    workers: tuple[WorkerAddress, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Pause:
-    """Send PauseOver(component) after delay_s."""
-
-    component: str
-    delay_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class DrainGateway:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class StopAll:
-    """End the worker processes, the node agent and its manager; nothing follows."""
-
-
-@dataclass(frozen=True, slots=True)
-class GiveUp:
-    """The cluster cannot serve; nothing but a stop follows."""
-
-    component: str
-    kind: str
-    reason: str
-
-
-Instruction = (
-    StartAgent
-    | SpawnProcess
-    | AssignWorker
-    | KillProcess
-    | StartGateway
-    | SetWorkers
-    | Pause
-    | DrainGateway
-    | StopAll
-    | GiveUp
-)
 
 
 class ImpossibleEvent(Exception):

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexpert.controller.supervision import (
+from flexpert.controller.supervision import ImpossibleEvent, Supervision, SupervisionConfig
+from flexpert.controller.supervision_types import (
     AGENT,
     GATEWAY,
     AgentReady,
@@ -18,7 +19,6 @@ from flexpert.controller.supervision import (
     GatewayDrained,
     GatewayReady,
     GiveUp,
-    ImpossibleEvent,
     Instruction,
     KillProcess,
     ManagerLost,
@@ -31,8 +31,6 @@ from flexpert.controller.supervision import (
     StartGateway,
     StopAll,
     StopRequested,
-    Supervision,
-    SupervisionConfig,
     WorkerAddress,
     WorkerFound,
     WorkerReady,
