@@ -66,7 +66,9 @@ def read_counts(report: Path) -> tuple[int, int, int]:
         return 0, 0, 0
     counts = [0, 0, 0]
     for suite in ElementTree.parse(report).getroot().iter("testsuite"):
-        tests, failures, errors, skipped = (int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped"))
+        tests, failures, errors, skipped = (
+            int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")
+        )
         counts[0] += max(0, tests - failures - errors - skipped)
         counts[1] += failures + errors
         counts[2] += skipped
