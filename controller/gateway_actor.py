@@ -1,0 +1,59 @@
+"""The Ray actor around the gateway: starts it, tells it the workers, drains it. The gateway itself is `controller.gateway`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from flexpert.workers.actor import StartFailure
+from flexpert.workers.process_log import open_process_log
+
+log = logging.getLogger(__name__)
+
+
+class GatewayActor:
+    """An async actor: HTTP, worker streams and these methods share its loop."""
+
+    def __init__(self, *, log_path: str, log_level: str) -> None:
+        open_process_log(Path(log_path), log_level)
+        self._gateway: Any = None
+
+    async def start(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Listen with `config` (fields of GatewayConfig); returns the port, or the failure."""
+        from flexpert.controller.gateway import Gateway, GatewayConfig
+
+        try:
+            gateway = Gateway(GatewayConfig(**config))
+            await gateway.start()
+        except Exception as error:
+            log.exception("the gateway did not start")
+            return {"failure": StartFailure.of(error).to_json()}
+        self._gateway = gateway
+        return {"pid": os.getpid(), "port": gateway.port}
+
+    async def set_workers(self, workers: list[tuple[str, str]]) -> None:
+        """The workers that serve now: (worker id, address)."""
+        from flexpert.controller.gateway import WorkerAddress
+
+        self._gateway.set_workers([WorkerAddress(worker_id, address) for worker_id, address in workers])
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def status(self) -> dict[str, Any] | None:
+        """Port and load; None before it listens."""
+        if self._gateway is None:
+            return None
+        return {"pid": os.getpid(), "port": self._gateway.port}
+
+    async def drain(self) -> None:
+        """Refuse new requests, finish those there are, stop listening."""
+        if self._gateway is not None:
+            await self._gateway.drain_and_stop()
+
+    async def wait_closed(self) -> None:
+        """Never returns: a pending call that Ray fails as soon as this process ends."""
+        await asyncio.Event().wait()

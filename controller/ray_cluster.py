@@ -1,0 +1,149 @@
+"""Every call to Ray, in one place: start or join a cluster, make actors, call them, see them die, end it all.
+
+Nothing else in flexpert imports ray. `flexpert up` starts a small private Ray of its own (or joins the one that RAY_ADDRESS names);
+the controller makes its actors detached and named, so that they outlive a controller that dies and a restarted one finds them again.
+A call to an actor whose process is gone raises ActorGone, within milliseconds also where it was already waiting for the answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from flexpert.controller.processes import ProcessId, children
+
+NAMESPACE = "flexpert"
+OBJECT_STORE_BYTES = 80 << 20  # control messages only; Ray's own minimum is 75 MiB
+log = logging.getLogger(__name__)
+
+
+class RayUnavailable(Exception):
+    """Ray could not be started or joined."""
+
+
+class ActorGone(Exception):
+    """The actor's process has ended."""
+
+
+class RayCluster:
+    """The driver's side of Ray. Must be started from the main thread: Ray's processes end with the thread that started them."""
+
+    def __init__(self, *, temp_dir: Path | None) -> None:
+        self.temp_dir = temp_dir
+        self.processes = [] if temp_dir is None else children(ProcessId.own())
+
+    @classmethod
+    def start(cls, *, address: str | None, num_cpus: int) -> RayCluster:
+        """A private Ray on this machine, or with an address the driver of a job there."""
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
+        temp_dir = None
+        try:
+            if address is not None:
+                ray.init(address=address, **quiet)
+            else:
+                temp_dir = Path(
+                    tempfile.mkdtemp(prefix="flexpert-ray-", dir="/tmp")
+                )  # short: sockets lie deep below it
+                ray.init(
+                    address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=str(temp_dir), **quiet,
+                )  # fmt: skip
+        except Exception as error:
+            if temp_dir is not None:
+                ray.shutdown()
+                shutil.rmtree(temp_dir, ignore_errors=True)
+            where = f"the Ray cluster at {address} (RAY_ADDRESS) cannot be joined" if address else "Ray did not start"
+            raise RayUnavailable(f"{where}: {error}") from error
+        return cls(temp_dir=temp_dir)
+
+    def shutdown(self) -> None:
+        """Leave the cluster; a private one ends, and its files go."""
+        ray.shutdown()
+        if self.temp_dir is not None:
+            shutil.rmtree(self.temp_dir, ignore_errors=True)
+
+
+def node_id() -> str:
+    """The Ray node this process runs on."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def create_actor(
+    cls: type,
+    name: str,
+    arguments: dict[str, Any],
+    *,
+    num_cpus: float = 0,
+    num_gpus: float = 0,
+    restarts: int = 0,
+    detached: bool = True,
+) -> Any:
+    """Make a named actor of a plain class, on this node. Returns at once; the first call waits for the process."""
+    return (
+        ray.remote(cls)
+        .options(
+            name=name,
+            namespace=NAMESPACE,
+            lifetime="detached" if detached else None,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            max_restarts=restarts,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id(), soft=False),
+        )
+        .remote(**arguments)
+    )
+
+
+def find_actor(name: str) -> Any | None:
+    """The handle of a living actor by name, or None."""
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+async def call(actor: Any, method: str, *arguments: Any) -> Any:
+    """Call a method and wait for its result. Raises ActorGone, or what the method raised."""
+    pending: Awaitable[Any] = getattr(actor, method).remote(*arguments)
+    try:
+        return await pending
+    except ray.exceptions.RayTaskError as error:
+        raise error.as_instanceof_cause() from None
+    except ray.exceptions.RayError as error:
+        raise ActorGone(_short(error)) from None
+
+
+def kill_actor(actor: Any) -> None:
+    """End the actor's process at once."""
+    ray.kill(actor, no_restart=True)
+
+
+def kill_actors(prefix: str) -> None:
+    """End all actors whose name begins so: what a killed `up` left in a cluster that it had joined."""
+    for found in ray.util.list_named_actors(all_namespaces=True):
+        if found["namespace"] == NAMESPACE and found["name"].startswith(prefix):
+            actor = find_actor(found["name"])
+            if actor is not None:
+                kill_actor(actor)
+
+
+def _short(error: Exception) -> str:
+    """Ray's explanations run over a dozen lines; the essential one names what happened."""
+    text = str(error)
+    for known in ("OOM", "out of memory"):
+        if known in text and "memory usage" in text and "low" not in text:
+            return "the process was ended for want of memory"
+    if "connection error code 2" in text or "unexpected system error" in text:
+        return "the process ended unexpectedly (killed, or it crashed)"
+    return text.strip().splitlines()[0] if text.strip() else type(error).__name__

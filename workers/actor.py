@@ -1,0 +1,132 @@
+"""The Ray actor around one worker process: warms up, starts the worker it is assigned, answers questions about it.
+
+A thin shell over `workers.process`, which knows nothing of Ray; this class in turn is plain Python and is made an actor by
+`controller.ray_cluster`. It is *warmed* first (the imports, which take seconds, and the checks of the model) and then, maybe much
+later, *started* as a worker with an incarnation. Torch is imported while warming and not before, so creating the actor is quick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flexpert.workers.process_log import open_process_log
+
+log = logging.getLogger(__name__)
+
+WORKER_PROCESS = "flexpert.workers.process:WorkerProcess"
+
+# Which errors of a start are of which kind (exit code and advice), by the name of the class: most live in modules that import torch.
+# The second value: trying again changes nothing.
+ERROR_KINDS = {
+    "UnservableModelError": ("model", True),
+    "CheckpointError": ("checkpoint", True),
+    "LoadError": ("checkpoint", True),
+    "WorkerStartError": ("settings", True),
+    "BudgetError": ("memory", True),
+    "LimitError": ("limits", True),
+    "MemoryError": ("memory", True),
+    "OutOfMemoryError": ("memory", True),
+    "HbmError": ("internal", False),
+    "GatewayError": ("port", True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartFailure:
+    """Why a worker, manager or gateway did not start; kinds as in ERROR_KINDS, besides "internal" and "port"."""
+
+    kind: str
+    message: str
+    permanent: bool
+
+    @classmethod
+    def of(cls, error: BaseException) -> StartFailure:
+        """Classified by the nearest base class that is known."""
+        for base in type(error).__mro__:
+            if base.__name__ in ERROR_KINDS:
+                kind, permanent = ERROR_KINDS[base.__name__]
+                return cls(kind=kind, message=str(error), permanent=permanent)
+        return cls(kind="internal", message=f"{type(error).__name__}: {error}", permanent=False)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class WorkerActor:
+    """One process that can become a worker. Made an async actor: its methods run on one loop, slow work in threads."""
+
+    def __init__(
+        self, *, log_path: str, log_level: str, environment: dict[str, str], process: str = WORKER_PROCESS
+    ) -> None:
+        os.environ.update(environment)
+        open_process_log(Path(log_path), log_level)
+        self._module, _, self._class = process.partition(":")
+        self._worker: Any = None
+        self._progress = (0, 0)
+
+    async def warm(self, model_dir: str, device: str) -> dict[str, Any]:
+        """Do all that needs no memory of the device manager; returns the process id and the seconds it took."""
+        began_s = time.monotonic()
+        failure = await asyncio.to_thread(self._warm, Path(model_dir), device)
+        if failure is not None:
+            return {"failure": failure.to_json()}
+        return {"pid": os.getpid(), "warm_s": time.monotonic() - began_s}
+
+    def _warm(self, model_dir: Path, device: str) -> StartFailure | None:
+        try:
+            module = importlib.import_module(self._module)
+            prepare = getattr(module, "prepare", None)
+            if prepare is not None:
+                prepare(model_dir, device)
+        except Exception as error:
+            log.exception("the worker process could not be prepared")
+            return StartFailure.of(error)
+        return None
+
+    async def start(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Become the worker that `config` (fields of workers.process.WorkerConfig) describes; returns its status, or the failure."""
+        began_s = time.monotonic()
+        failure = await asyncio.to_thread(self._start, config)
+        if failure is not None:
+            return {"failure": failure.to_json()}
+        return {**self._worker.status(), "address": self._worker.address, "seconds": time.monotonic() - began_s}
+
+    def _start(self, config: dict[str, Any]) -> StartFailure | None:
+        module = importlib.import_module(self._module)
+        try:
+            self._worker = getattr(module, self._class)(module.WorkerConfig(**config))
+            self._worker.start(self._note_progress)
+        except Exception as error:
+            log.exception("worker %s incarnation %s did not start", config["worker_id"], config["incarnation"])
+            return StartFailure.of(error)
+        return None
+
+    def _note_progress(self, done_bytes: int, total_bytes: int) -> None:
+        self._progress = (done_bytes, total_bytes)
+
+    async def progress(self) -> tuple[int, int]:
+        """Bytes of weights loaded, bytes in all; (0, 0) before loading begins."""
+        return self._progress
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def status(self) -> dict[str, Any] | None:
+        """What the worker tells of itself; None where this process is not a worker."""
+        return None if self._worker is None else dict(self._worker.status(), address=self._worker.address)
+
+    async def stop(self) -> None:
+        """End the worker's threads; its memory stays with the manager."""
+        if self._worker is not None:
+            await asyncio.to_thread(self._worker.stop)
+
+    async def wait_closed(self) -> None:
+        """Never returns: a pending call that Ray fails as soon as this process ends."""
+        await asyncio.Event().wait()
