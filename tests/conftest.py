@@ -20,7 +20,7 @@ import pytest
 
 # Every process a test starts inherits this variable, however it detaches itself: daemons, Ray workers, helpers.
 _MARK = "FLEXPERT_TEST_RUN"
-_GRACE_S = 20.0
+_GRACE_S = float(os.environ.get("FLEXPERT_TEST_GRACE_S", "20"))
 
 os.environ[_MARK] = uuid.uuid4().hex
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -23,6 +23,8 @@ PLANTED = [
     ("hbm/ops.py", "import numpy", "pure modules stay pure"),
     ("hbm/__init__.py", "import torch", "the HBM manager starts without torch and ray"),
     ("controller/gateway/__init__.py", "import torch", "the gateway starts without torch"),
+    ("controller/supervision.py", "import ray", "one module calls Ray"),
+    ("controller/supervision.py", "import asyncio", "pure modules stay pure"),
 ]
 
 

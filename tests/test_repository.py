@@ -85,11 +85,28 @@ def test_index_names_every_page(repository: Path) -> None:
     assert not [page for page in pages if page != "index.md" and f"({page})" not in index]
 
 
+def test_every_test_that_a_page_names_exists(repository: Path, texts: dict[str, str]) -> None:
+    named = {
+        (name, match.group(1), match.group(2))
+        for name, text in texts.items()
+        if name.endswith(".md")
+        for match in re.finditer(r"`(tests/[\w/.]+\.py)(?:::(\w+))?`", text)
+    }
+    missing = [
+        f"{page}: {file}::{test}"
+        for page, file, test in sorted(named, key=str)
+        if not (repository / file).is_file() or (test and f"def {test}(" not in (repository / file).read_text())
+    ]
+
+    assert named
+    assert not missing
+
+
 def test_readme_names_only_targets_that_exist(repository: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (repository / "Makefile").read_text(), re.MULTILINE))
     named = set()
     for page in ("README.md", "CONTRIBUTING.md", ".ci/run"):
-        named |= set(re.findall(r"(?:^\s*|`)make ([a-z-]+)", (repository / page).read_text(), re.MULTILINE))
+        named |= set(re.findall(r"(?:^\s*|`)make ([a-z][a-z-]*)", (repository / page).read_text(), re.MULTILINE))
 
     assert named
     assert named <= targets
