@@ -69,6 +69,7 @@ class Components:
             arguments = {
                 "runtime_path": str(self.spec.runtime_path),
                 "budget_bytes": self.spec.memory_bytes,
+                "exact": self.spec.memory_exact,
                 **self._log(AGENT),
             }
             actor = ray_cluster.create_actor(

@@ -16,17 +16,18 @@ from flexpert.controller.processes import ProcessId
 from flexpert.workers.actor import StartFailure
 from flexpert.workers.process_log import open_process_log
 
+MANAGER_NAME = "device-0"
+BUDGET_TOLERANCE_BYTES = 2 << 20  # budgets are rounded to whole granules
 log = logging.getLogger(__name__)
 
 
 class NodeAgent:
-    """An async actor; what blocks runs in threads."""
+    """An async actor; what blocks runs in threads. exact: a manager with another budget is not adopted but started anew."""
 
-    def __init__(self, *, runtime_path: str, budget_bytes: int, log_path: str, log_level: str) -> None:
+    def __init__(self, *, runtime_path: str, budget_bytes: int, exact: bool, log_path: str, log_level: str) -> None:
         open_process_log(Path(log_path), log_level)
-        from flexpert.hbm import ManagerConfig
-
-        self._config = ManagerConfig(runtime_dir=Path(runtime_path), budget_bytes=budget_bytes)
+        self._runtime_path, self._budget_bytes = Path(runtime_path), budget_bytes
+        self._exact = exact
         self._manager: ProcessId | None = None
         self._socket: Path | None = None
 
@@ -39,17 +40,18 @@ class NodeAgent:
             return {"failure": StartFailure.of(error).to_json()}
 
     def _ensure(self) -> dict[str, Any]:
-        from flexpert.hbm import ensure_manager, stop_manager
+        from flexpert.hbm import ManagerConfig, ensure_manager, stop_manager
 
-        handle = ensure_manager(self._config)
-        if handle.adopted and (found := self._budget_of(handle.socket_path)) != self._config.budget_bytes:
+        config = ManagerConfig(runtime_dir=self._runtime_path, name=MANAGER_NAME, budget_bytes=self._budget_bytes)
+        handle = ensure_manager(config)
+        if handle.adopted and self._exact and abs(handle.budget_bytes - self._budget_bytes) >= BUDGET_TOLERANCE_BYTES:
             log.info(
                 "the manager found has a budget of %d bytes, wanted is %d: starting it anew",
-                found,
-                self._config.budget_bytes,
+                handle.budget_bytes,
+                self._budget_bytes,
             )
-            stop_manager(self._config.runtime_dir, self._config.name)
-            handle = ensure_manager(self._config)
+            stop_manager(config.runtime_dir, config.name)
+            handle = ensure_manager(config)
         self._manager = ProcessId.of(handle.pid, "manager")
         self._socket = handle.socket_path
         return {
@@ -58,9 +60,6 @@ class NodeAgent:
             "socket": str(handle.socket_path),
             "adopted": handle.adopted,
         }
-
-    def _budget_of(self, socket_path: Path) -> int:
-        return int(self._info(socket_path).budget_bytes)
 
     def _info(self, socket_path: Path) -> Any:
         from flexpert.hbm import HbmClient
@@ -100,7 +99,7 @@ class NodeAgent:
         """End the manager and free its memory."""
         from flexpert.hbm import stop_manager
 
-        return await asyncio.to_thread(stop_manager, self._config.runtime_dir, self._config.name)
+        return await asyncio.to_thread(stop_manager, self._runtime_path, MANAGER_NAME)
 
     async def wait_closed(self) -> None:
         """Never returns: a pending call that Ray fails as soon as this process ends."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Awaitable
@@ -24,6 +25,7 @@ from flexpert.controller.processes import ProcessId, children
 NAMESPACE = "flexpert"
 OBJECT_STORE_BYTES = 80 << 20  # control messages only; Ray's own minimum is 75 MiB
 log = logging.getLogger(__name__)
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class RayUnavailable(Exception):
@@ -129,21 +131,25 @@ def kill_actor(actor: Any) -> None:
     ray.kill(actor, no_restart=True)
 
 
-def kill_actors(prefix: str) -> None:
-    """End all actors whose name begins so: what a killed `up` left in a cluster that it had joined."""
+def kill_actors(prefix: str) -> int:
+    """End all actors whose name begins so: what a killed `up` left in a cluster that it had joined. Returns how many there were."""
+    count = 0
     for found in ray.util.list_named_actors(all_namespaces=True):
         if found["namespace"] == NAMESPACE and found["name"].startswith(prefix):
             actor = find_actor(found["name"])
             if actor is not None:
                 kill_actor(actor)
+                count += 1
+    return count
 
 
 def _short(error: Exception) -> str:
     """Ray's explanations run over a dozen lines; the essential one names what happened."""
-    text = str(error)
-    for known in ("OOM", "out of memory"):
-        if known in text and "memory usage" in text and "low" not in text:
-            return "the process was ended for want of memory"
+    text = _COLOURS.sub("", str(error)).strip()
+    if "creation task" in text:  # the constructor raised: the last line is its error
+        return text.splitlines()[-1]
+    if "out of memory" in text.lower() and "OOM killer" not in text:
+        return "the process was ended for want of memory"
     if "connection error code 2" in text or "unexpected system error" in text:
         return "the process ended unexpectedly (killed, or it crashed)"
-    return text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    return text.splitlines()[0] if text else type(error).__name__

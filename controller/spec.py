@@ -13,7 +13,8 @@ from flexpert.controller.runtime_dir import RuntimeDir
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
-    """memory_bytes: budget of the HBM manager (weights and KV). Settings that are None are left to the worker's defaults.
+    """memory_bytes: budget of the HBM manager (weights and KV), for an
+    adopted one only where memory_exact. Settings that are None are left to the worker's defaults.
 
     cluster_token: what gateways show to workers. api_keys: empty lets everyone in. port 0 lets the kernel choose.
     """
@@ -25,6 +26,7 @@ class ClusterSpec:
     device: str
     dtype: str | None
     memory_bytes: int
+    memory_exact: bool
     kv_bytes: int | None
     max_context_tokens: int | None
     max_running: int

@@ -1,0 +1,5 @@
+"""`python -m flexpert.cli`."""
+
+from flexpert.cli import main
+
+main()

@@ -1,0 +1,209 @@
+"""The commands of `flexpert` and their options. Each hands over to a module of its own; an error becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+import flexpert
+from flexpert.cli.errors import CommandError
+from flexpert.cli.options import parse_bytes
+
+app = typer.Typer(
+    name="flexpert",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Serve Mixture-of-Experts models on a cluster that grows and shrinks while it serves.\n\n"
+    "Start here:\n\n`flexpert up` serves a small built-in model on this machine and prints a curl line to try it.",
+)
+hbm_app = typer.Typer(help="Look after the HBM manager, the process that owns weights and KV.", no_args_is_help=True)
+app.add_typer(hbm_app, name="hbm")
+
+Name = Annotated[str, typer.Option("--name", help="Name of the cluster; several can run side by side.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"flexpert {flexpert.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def up(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="Directory of a checkpoint, a hub id like org/name, or `built-in`."),
+    ] = None,
+    model_option: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="The same, as an option.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8000,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is a GPU.")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. [default: float32 on the CPU, bfloat16 on a GPU]")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory for weights and KV together, e.g. 4GiB. [default: 60% of what is free]")
+    ] = None,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(help="The part of it for KV, e.g. 1GiB. [default: up to 1GiB of what the weights leave]"),
+    ] = None,
+    max_context: Annotated[
+        int | None, typer.Option(min=1, help="Longest prompt and output together, in tokens. [default: the model's]")
+    ] = None,
+    max_running: Annotated[int, typer.Option(min=1, help="Requests computed at the same time; more wait.")] = 64,
+    max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = 512,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="FLEXPERT_API_KEY", help="Key that clients must send. [default: a new one, printed]"),
+    ] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Ask clients for no key.")] = False,
+    standby: Annotated[
+        int, typer.Option(min=0, max=4, help="Warm processes that wait to replace a worker that dies.")
+    ] = 1,
+    name: Name = "default",
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error; the logs: flexpert logs.")] = "info",
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that running requests get to finish at the end.")
+    ] = 30.0,
+) -> None:
+    """Start a cluster in the foreground and serve a model; Ctrl-C ends it, drained.
+
+    **Examples**
+
+    `flexpert up` (the built-in model, no network needed)
+
+    `flexpert up ./my-checkpoint --port 9000 --memory 16GiB`
+
+    `flexpert up allenai/OLMoE-1B-7B-0924 --device cuda`
+    """
+    from flexpert.cli.up import UpOptions, run_up
+
+    if model is not None and model_option is not None and model != model_option:
+        raise CommandError("usage", f"two models were given, {model} and --model {model_option}; give one")
+    if no_auth and api_key:
+        raise CommandError(
+            "usage", "--no-auth and an API key (--api-key or FLEXPERT_API_KEY) were both given; give one"
+        )
+    run_up(
+        UpOptions(
+            model=model_option or model or None,
+            name=name,
+            host=host,
+            port=port,
+            device=_one_of("--device", device, ("auto", "cpu", "cuda")),
+            dtype=None if dtype is None else _one_of("--dtype", dtype, ("float32", "bfloat16", "float16")),
+            memory_bytes=None if memory is None else parse_bytes(memory, option="--memory"),
+            kv_bytes=None if kv_memory is None else parse_bytes(kv_memory, option="--kv-memory"),
+            max_context_tokens=max_context,
+            max_running=max_running,
+            max_batch_tokens=max_batch_tokens,
+            api_key=api_key or None,
+            no_auth=no_auth,
+            standbys=standby,
+            log_level=_one_of("--log-level", log_level, ("debug", "info", "warning", "error")),
+            drain_timeout_s=drain_timeout,
+        )
+    )
+
+
+@app.command()
+def down(
+    name: Name = "default",
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for the end.")] = 60.0,
+) -> None:
+    """End a cluster: running requests finish, then its processes end. Also cleans up after one that was killed."""
+    from flexpert.cli.down import run_down
+
+    for line in run_down(name, timeout_s=timeout):
+        typer.echo(line)
+
+
+@app.command()
+def status(
+    name: Name = "default", json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False
+) -> None:
+    """Show a running cluster: its model, worker, memory and load."""
+    from flexpert.cli import show
+    from flexpert.cli.admin import ask
+
+    found = ask(_runtime(name), "status")
+    typer.echo(show.as_json(found) if json else show.describe_status(found))
+
+
+@app.command()
+def logs(
+    process: Annotated[
+        str | None, typer.Argument(help="up, controller, gateway, agent, process-0, ... [default: up]")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing what is written.")] = False,
+    name: Name = "default",
+) -> None:
+    """Print the log of one process of a cluster.
+
+    `flexpert logs gateway -f`
+    """
+    from flexpert.cli import show
+
+    path = show.log_file(_runtime(name), process)
+    if follow:
+        for line in show.follow(path):
+            typer.echo(line, nl=False)
+    else:
+        typer.echo(path.read_text(errors="replace"), nl=False)
+
+
+@app.command()
+def events(
+    name: Name = "default", json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False
+) -> None:
+    """Tell what happened in a cluster: started, loaded, died, replaced, each with its time."""
+    import json as json_module
+
+    from flexpert.cli import show
+    from flexpert.controller.journal import read_events
+
+    for event in read_events(_runtime(name)):
+        typer.echo(json_module.dumps(event) if json else show.describe_event(event))
+
+
+def run() -> NoReturn:
+    """Entry of the command line."""
+    try:
+        app(standalone_mode=True)
+    except CommandError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _runtime(name: str):  # type: ignore[no-untyped-def]
+    from flexpert.controller.runtime_dir import RuntimeDirError, find
+
+    try:
+        return find(name)
+    except RuntimeDirError as error:
+        raise CommandError("directory", str(error)) from error
+
+
+def _one_of(option: str, found: str, choices: tuple[str, ...]) -> str:
+    if found not in choices:
+        raise CommandError("usage", f"{option} {found!r}: expected one of {', '.join(choices)}")
+    return found

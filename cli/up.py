@@ -1,0 +1,340 @@
+"""`flexpert up`: brings a cluster up, stays with it, and ends everything it started.
+
+The order: lock and clean up the runtime directory, check what can be checked at once, start Ray, hand the spec to the controller, then
+follow what it tells until a signal or a failure. Whatever happens, `_end` runs: the manager is stopped, Ray is shut down, and any
+descendant that is still there is ended by its pid. Runs in the main thread, since Ray's processes end with the thread that started them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from flexpert.cli import machine
+from flexpert.cli.admin import serve_admin
+from flexpert.cli.errors import CommandError
+from flexpert.cli.leftovers import clean_up
+from flexpert.cli.model_source import ModelSource, resolve_model
+from flexpert.cli.screen import Screen
+from flexpert.controller.journal import read_events
+from flexpert.controller.processes import ProcessId, children, end_all
+from flexpert.controller.runtime_dir import (
+    AlreadyRunning,
+    RuntimeDir,
+    RuntimeDirError,
+    hold_lock,
+    make,
+    write_json,
+)
+from flexpert.controller.spec import ClusterSpec
+from flexpert.workers.process_log import open_process_log
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 0.25
+CONTROLLER_RESTART_S = 30.0
+END_GRACE_S = 3.0
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpOptions:
+    """What was typed, with sizes already in bytes."""
+
+    model: str | None = None
+    name: str = "default"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    device: str = "auto"
+    dtype: str | None = None
+    memory_bytes: int | None = None
+    kv_bytes: int | None = None
+    max_context_tokens: int | None = None
+    max_running: int = 64
+    max_batch_tokens: int = 512
+    api_key: str | None = None
+    no_auth: bool = False
+    standbys: int = 1
+    log_level: str = "info"
+    drain_timeout_s: float = 30.0
+
+
+def run_up(options: UpOptions) -> None:
+    """Returns when the cluster was ended in order. Raises CommandError, with nothing left running."""
+    try:
+        runtime = make(options.name)
+        lock = hold_lock(runtime)
+    except RuntimeDirError as error:
+        raise CommandError("directory", str(error)) from error
+    except AlreadyRunning:
+        raise CommandError(
+            "running",
+            f"a cluster named {options.name!r} runs already; end it with `flexpert down`, or give another --name",
+        ) from None
+    try:
+        with _own_output(runtime, options.log_level) as out:
+            _Up(options, runtime, Screen(out)).run()
+    finally:
+        os.close(lock)
+
+
+class _Up:
+    def __init__(self, options: UpOptions, runtime: RuntimeDir, screen: Screen) -> None:
+        self._options, self._runtime, self._screen = options, runtime, screen
+        self._stop_asked = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._ray: Any = None
+        self._controller: Any = None
+        self._api_key: str | None = None
+        self._source: ModelSource
+        self._spec: ClusterSpec
+
+    def run(self) -> None:
+        for number in ENDING_SIGNALS:
+            signal.signal(number, _interrupt)
+        try:
+            for line in clean_up(self._runtime, stop_manager=False):
+                self._screen.step(line)
+            self._write_state()
+            self._spec = self._make_spec()
+            self._start_ray()
+            asyncio.run(self._serve())
+        except KeyboardInterrupt:
+            self._screen.step("interrupted")
+        finally:
+            self._end()
+
+    # Before anything runs
+
+    def _make_spec(self) -> ClusterSpec:
+        options = self._options
+        device = machine.resolve_device(options.device)
+        _check_port(options.host, options.port)
+        if options.memory_bytes is not None:
+            machine.check_memory(options.memory_bytes)
+        memory_bytes = options.memory_bytes or machine.default_memory_bytes()
+        if options.kv_bytes is not None and options.kv_bytes >= memory_bytes:
+            raise CommandError(
+                "memory",
+                f"--kv-memory: found {options.kv_bytes >> 20} MiB, expected less than the {memory_bytes >> 20} MiB of --memory",
+            )
+        self._source = resolve_model(options.model)
+        self._api_key = None if options.no_auth else options.api_key or "fx-" + secrets.token_urlsafe(24)
+        self._screen.step(f"model {self._source.model_id} ({self._source.directory}) on {device}")
+        return ClusterSpec(
+            name=options.name,
+            runtime_path=self._runtime.path,
+            model_dir=self._source.directory,
+            model_id=self._source.model_id,
+            device=device,
+            dtype=options.dtype,
+            memory_bytes=memory_bytes,
+            memory_exact=options.memory_bytes is not None,
+            kv_bytes=options.kv_bytes,
+            max_context_tokens=options.max_context_tokens,
+            max_running=options.max_running,
+            max_batch_tokens=options.max_batch_tokens,
+            host=options.host,
+            port=options.port,
+            api_keys=() if self._api_key is None else (self._api_key,),
+            cluster_token=secrets.token_hex(24),
+            log_level=options.log_level,
+            standbys=options.standbys,
+            threads=machine.cores(),
+            drain_timeout_s=options.drain_timeout_s,
+            num_gpus=1 if device == "cuda" else 0,
+        )
+
+    def _start_ray(self) -> None:
+        from flexpert.controller import ray_cluster
+        from flexpert.controller.controller import Controller
+
+        address = os.environ.get("RAY_ADDRESS") or None
+        try:
+            self._ray = ray_cluster.RayCluster.start(address=address, num_cpus=machine.cores())
+        except ray_cluster.RayUnavailable as error:
+            raise CommandError("ray", str(error)) from error
+        self._screen.step(f"joined Ray at {address}" if address else "Ray started")
+        arguments = {"spec": self._spec, "log_path": str(self._runtime.logs / "controller.log")}
+        self._controller = ray_cluster.create_actor(
+            Controller, f"{self._options.name}:controller", arguments, restarts=-1, detached=False
+        )
+        self._write_state()
+
+    # While it runs
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in ENDING_SIGNALS:
+            loop.add_signal_handler(number, self._on_signal)
+        admin = await serve_admin(self._runtime, self._answer)
+        try:
+            await self._follow()
+        finally:
+            admin.close()
+
+    def _on_signal(self) -> None:
+        if self._stop_asked.is_set():
+            self._hurry.set()
+        self._stop_asked.set()
+
+    async def _follow(self) -> None:
+        """Print what the controller tells until the cluster has ended."""
+        past = read_events(self._runtime)
+        after, ready, stopping = past[-1]["sequence"] if past else 0, False, False
+        while not self._hurry.is_set():
+            state = await self._watch(after)
+            if state is None:
+                continue
+            after = state["last"]
+            for event in state["events"]:
+                self._screen.event(event)
+            if state["events"]:
+                self._write_state(port=state["port"])
+            for done_bytes, total_bytes in state["progress"].values():
+                self._screen.progress(done_bytes, total_bytes)
+            if state["given_up"]:
+                raise CommandError(state["given_up"]["kind"], state["given_up"]["reason"])
+            if state["stopped"]:
+                return
+            if state["ready"] and not ready:
+                ready = True
+                self._write_state(port=state["port"], ready=True)
+                self._screen.ready(
+                    self._source, url=self._url(state["port"]), key=self._api_key, status=await self._answer("status")
+                )
+            if self._stop_asked.is_set() and not stopping:
+                stopping = True
+                self._screen.step("ending (once more Ctrl-C: at once)")
+                await self._call("stop")
+        self._screen.step("ending at once")
+
+    async def _watch(self, after: int) -> dict[str, Any] | None:
+        """The controller's news; None where a signal came first."""
+        asked = asyncio.create_task(self._call("watch", after, WATCH_S))
+        signals = {asyncio.create_task(self._hurry.wait())}
+        done, pending = await asyncio.wait({asked, *signals}, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        return asked.result() if asked in done else None
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        """Ask the controller; while Ray restarts it, ask again."""
+        from flexpert.controller import ray_cluster
+
+        deadline_s = asyncio.get_running_loop().time() + CONTROLLER_RESTART_S
+        while True:
+            try:
+                return await ray_cluster.call(self._controller, method, *arguments)
+            except ray_cluster.ActorGone as error:
+                log.warning("the controller does not answer: %s", error)
+                if asyncio.get_running_loop().time() > deadline_s:
+                    raise CommandError("internal", f"the controller ended and was not restarted: {error}") from error
+                await asyncio.sleep(WATCH_S)
+
+    async def _answer(self, word: str) -> dict[str, Any]:
+        """For the admin socket."""
+        if word != "status":
+            raise ValueError(f"{word!r}: expected 'status'")
+        status: dict[str, Any] = await self._call("status")
+        return {
+            **status,
+            "up": {"pid": os.getpid()},
+            "url": self._url(status.get("gateway", {}).get("port", self._spec.port)),
+        }
+
+    def _url(self, port: int) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self._spec.host, self._spec.host)
+        return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{port}"
+
+    def _write_state(self, *, port: int | None = None, ready: bool = False) -> None:
+        """Who runs, for the other commands and for cleaning up after us."""
+        own = ProcessId.own("up")
+        temp_dir = None if self._ray is None else self._ray.temp_dir
+        write_json(
+            self._runtime.state,
+            {
+                "up": own.to_json(),
+                "processes": [process.to_json() for process in children(own)],
+                "ray_address": os.environ.get("RAY_ADDRESS") or None,
+                "ray_temp_dir": None if temp_dir is None else str(temp_dir),
+                "url": None if port is None else self._url(port),
+                "api_key": self._api_key,
+                "ready": ready,
+            },
+        )
+
+    # The end
+
+    def _end(self) -> None:
+        """End all that was started, whatever state it is in."""
+        for number in ENDING_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        self._screen.end_progress()
+        if self._ray is not None:
+            with contextlib.suppress(Exception):
+                self._kill_actors()
+            self._ray.shutdown()
+        end_all(children(ProcessId.own()), grace_s=END_GRACE_S)
+        for line in clean_up(self._runtime, stop_manager=True):
+            log.info("%s", line)
+        self._screen.step("ended")
+
+    def _kill_actors(self) -> None:
+        from flexpert.controller import ray_cluster
+
+        if self._controller is not None:
+            ray_cluster.kill_actor(self._controller)
+        ray_cluster.kill_actors(f"{self._options.name}:")
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _check_port(host: str, port: int) -> None:
+    """The port is bound by the gateway much later; most mistakes can be told now. Raises CommandError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except socket.gaierror as error:
+        raise CommandError(
+            "port", f"--host {host}: {error.strerror}; expected an address of this machine, like 127.0.0.1"
+        ) from error
+    except OSError as error:
+        raise CommandError(
+            "port",
+            f"{host}:{port} cannot be listened on: {error.strerror}; end what holds it, or give another --port (0: any free one)",
+        ) from error
+
+
+@contextlib.contextmanager
+def _own_output(runtime: RuntimeDir, log_level: str) -> Iterator[TextIO]:
+    """The terminal for what we print; everything else that libraries print goes to the log of this process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = (os.dup(1), os.dup(2))
+    streams = (sys.stdout, sys.stderr)
+    open_process_log(Path(runtime.logs / "up.log"), log_level)
+    try:
+        with os.fdopen(os.dup(kept[0]), "w", buffering=1) as out:
+            yield out
+    finally:
+        sys.stdout, sys.stderr = streams
+        for number, descriptor in zip((1, 2), kept, strict=True):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
