@@ -222,7 +222,7 @@ class Engine:
             if live is not None:
                 text = f"the worker could not compute this request: {type(error).__name__}: {error}"
                 self._emit(live.owner, Failed(request_id=row.request_id, code="internal", message=text))
-        self._scheduler.complete(plan, {})
+        self._scheduler.abandon(plan)
 
     # The inbox
 
@@ -243,14 +243,13 @@ class Engine:
                     self._drop(name)
 
     def _admit(self, owner: Owner, submit: Submit) -> None:
-        known = self._live.get(submit.request_id)
         try:
-            if known is not None:
-                raise RequestRejected(f"request id {submit.request_id!r} is live already; ids must be unique")
-            self._scheduler.submit(submit)
+            ended = self._scheduler.submit(submit)
         except RequestRejected as error:
-            failed = Failed(request_id=submit.request_id, code="invalid_request", message=str(error))
-            self._emit(owner, failed)
+            self._emit(owner, Failed(request_id=submit.request_id, code="invalid_request", message=str(error)))
+            return
+        if ended is not None:
+            self._emit(owner, StepOutput(step=0, finished=[ended]))
             return
         sampling = SamplingState(
             params=submit.params,
@@ -275,4 +274,17 @@ class Engine:
 
     def stats(self) -> Stats:
         """Load and times as of the last step."""
-        return self._scheduler.stats(step_s=self.times.step_s, host_s=self.times.host_s)
+        found = self._scheduler.stats()
+        return Stats(
+            waiting=found.waiting,
+            running=found.running,
+            kv_used_tokens=found.kv_used_tokens,
+            kv_capacity_tokens=found.kv_capacity_tokens,
+            steps=found.steps,
+            prefill_tokens=found.prefill_tokens,
+            decode_tokens=found.decode_tokens,
+            cached_prompt_tokens=found.cached_prompt_tokens,
+            preemptions=found.preemptions,
+            step_s=self.times.step_s,
+            host_s=self.times.host_s,
+        )

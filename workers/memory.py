@@ -39,7 +39,7 @@ def bytes_at(address: int, nbytes: int) -> torch.Tensor:
 
 def copy_tokens(tensor: torch.Tensor, op: CopyTokens, token_bytes: int) -> None:
     """KV rows [first_token, end_token) from one slot of uint8 [slots, slot_bytes] to the same place of another."""
-    span = slice(op.first_token * token_bytes, op.end_token * token_bytes)
+    span = slice(op.first_token * token_bytes + op.skip_bytes, op.end_token * token_bytes)
     tensor[op.slot, span].copy_(tensor[op.source_slot, span])
 
 

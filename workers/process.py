@@ -190,7 +190,7 @@ class WorkerProcess:
         self._client = client
         key = weights_key(self.config.model_dir, self._dtype_name())
         state = client.weights_state(key)
-        if state is None or state.status != "ready":
+        if state is None or state.state != "ready":
             plan = plan_weights(servable, self._dtype_name())
             client.load_weights(key, plan, on_progress=on_progress)
             self.weights_loaded = True
@@ -221,7 +221,7 @@ class WorkerProcess:
         scheduler_config = SchedulerConfig(
             max_running=self.config.max_running,
             max_batch_tokens=max(self.config.max_batch_tokens, self.config.max_running),
-            max_context_tokens=max_context_tokens,
+            vocab_size=servable.vocab_size,
         )
         scheduler = Scheduler(scheduler_config, books)
         runner = ModelRunner(bound, memory.tensor)
@@ -251,7 +251,7 @@ class WorkerProcess:
         geometry = KvGeometry(
             slots=slots,
             max_context_tokens=max_context_tokens,
-            token_bytes=token_bytes,
+            kv_token_bytes=token_bytes,
             granule_bytes=info.granule_bytes,
             shareable=True,
         )
@@ -269,12 +269,12 @@ class WorkerProcess:
         geometry = KvGeometry(
             slots=slots,
             max_context_tokens=max_context_tokens,
-            token_bytes=token_bytes,
+            kv_token_bytes=token_bytes,
             granule_bytes=HOST_GRANULE_BYTES,
             shareable=False,
         )
         memory = TorchMemory(slots=slots, slot_bytes=slot_bytes, token_bytes=token_bytes, device=device)
-        return memory, KvBooks(geometry, range(slots * slot_bytes // HOST_GRANULE_BYTES))
+        return memory, KvBooks(geometry)
 
     def _require_kv(self, found_bytes: int, needed_bytes: int) -> None:
         if found_bytes < needed_bytes:
