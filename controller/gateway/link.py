@@ -1,0 +1,135 @@
+"""One worker's stream, kept open: connect, greet, read; when it breaks, tell the pool and connect again with a growing pause.
+
+Owned by the pool, which gives it the callbacks. A link never ends by itself: a refusal (wrong token, other model) is reported and
+tried again, for its cause may be put right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Protocol
+
+from flexpert.controller.gateway.config import WorkerAddress
+from flexpert.workers.framing import FrameError, open_stream, worker_frames
+from flexpert.workers.messages import Failed, GatewayFrame, Hello, Refused, Stats, StepOutput, Welcome
+
+log = logging.getLogger("flexpert.gateway")
+
+GREETING_TIMEOUT_S = 10.0
+_FIRST_PAUSE_S = 0.02
+_LONGEST_PAUSE_S = 2.0
+
+
+def pause_s(failures: int) -> float:
+    """How long to wait after so many failures in a row: 20 ms, doubling to 2 s."""
+    return min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(failures, 10))
+
+
+class LinkEvents(Protocol):
+    def on_up(self, link: WorkerLink, welcome: Welcome) -> None: ...
+
+    def on_step(self, link: WorkerLink, frame: StepOutput) -> None: ...
+
+    def on_failed(self, link: WorkerLink, frame: Failed) -> None: ...
+
+    def on_down(self, link: WorkerLink) -> None:
+        """The stream is closed; everything that was sent on it is lost."""
+
+
+class LinkProblemError(Exception):
+    """This worker cannot be used now; the text says why."""
+
+
+class WorkerLink:
+    """`welcome` is what the worker said last, also while it is away; `connected` whether it is there now."""
+
+    def __init__(self, target: WorkerAddress, *, hello: Hello, model_id: str, events: LinkEvents) -> None:
+        self.target = target
+        self.welcome: Welcome | None = None
+        self.stats: Stats | None = None
+        self.connected = False
+        self.problem = "not connected yet"
+        self.reconnects = 0
+        self._hello = hello
+        self._model_id = model_id
+        self._events = events
+        self._codec = worker_frames()
+        self._writer: asyncio.StreamWriter | None = None
+        self._task = asyncio.get_running_loop().create_task(self._keep_open(), name=f"link {target.worker_id}")
+
+    @property
+    def worker_id(self) -> str:
+        return self.target.worker_id
+
+    def send(self, frame: GatewayFrame) -> None:
+        """Queue a frame. On a stream that is breaking it is lost, and the next `on_down` says so."""
+        if self._writer is not None:
+            self._writer.write(self._codec.encode(frame))
+
+    async def close(self) -> None:
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _keep_open(self) -> None:
+        failures = 0
+        while True:
+            self.problem = "the worker closed the stream"
+            try:
+                await self._session()
+            except (OSError, TimeoutError, FrameError, LinkProblemError, ValueError) as error:
+                self.problem = str(error) or type(error).__name__
+                if failures in (0, 8):
+                    log.warning("worker %s at %s: %s", self.worker_id, self.target.address, self.problem)
+            finally:
+                was_connected = self._hang_up()
+            failures = 0 if was_connected else failures + 1
+            await asyncio.sleep(pause_s(failures))
+
+    async def _session(self) -> None:
+        async with asyncio.timeout(GREETING_TIMEOUT_S):
+            reader, self._writer = await open_stream(self.target.address)
+            self._writer.write(self._codec.encode(self._hello))
+            welcome = self._check(await self._codec.read(reader))
+        self.reconnects += self.welcome is not None
+        self.welcome, self.stats, self.connected, self.problem = welcome, None, True, ""
+        log.info("worker %s (incarnation %d) is connected", self.worker_id, welcome.incarnation)
+        self._events.on_up(self, welcome)
+        while (frame := await self._codec.read(reader)) is not None:
+            self._handle(frame)
+        self.problem = "the worker closed the stream"
+
+    def _check(self, answer: object) -> Welcome:
+        if isinstance(answer, Refused):
+            raise LinkProblemError(f"the worker refused this gateway: {answer.reason}")
+        if not isinstance(answer, Welcome):
+            found = "the end of the stream" if answer is None else type(answer).__name__
+            raise LinkProblemError(f"expected Welcome from the worker, found {found}")
+        if answer.model_id != self._model_id:
+            raise LinkProblemError(
+                f"the worker serves {answer.model_id!r}, this gateway {self._model_id!r}; start both with one model"
+            )
+        return answer
+
+    def _handle(self, frame: object) -> None:
+        if isinstance(frame, StepOutput):
+            self._events.on_step(self, frame)
+        elif isinstance(frame, Stats):
+            self.stats = frame
+        elif isinstance(frame, Failed):
+            self._events.on_failed(self, frame)
+        else:
+            raise FrameError(f"{type(frame).__name__} after the greeting")
+
+    def _hang_up(self) -> bool:
+        was_connected, self.connected = self.connected, False
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self.stats = None
+        if was_connected:
+            log.warning("worker %s is gone: %s", self.worker_id, self.problem)
+            self._events.on_down(self)
+        return was_connected

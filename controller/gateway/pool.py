@@ -1,0 +1,222 @@
+"""The workers behind this gateway: desired against actual, and every live choice with one of them or in the queue.
+
+`set_desired` says which workers there should be; the pool adds, updates and closes links until that is so. Each change that can
+free a place (a worker up, a choice done, a new list) runs `_dispatch`, which asks `routing` for each waiting choice in order of arrival.
+A lost worker's choices wait again and go, with the tokens that they have, to the next worker that takes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+
+from flexpert.controller.gateway.config import WorkerAddress
+from flexpert.controller.gateway.errors import ApiError, bad_request, internal_error, shutting_down
+from flexpert.controller.gateway.link import WorkerLink
+from flexpert.controller.gateway.live import LiveChoice, LiveTable
+from flexpert.controller.routing import PrefixIndex, WorkerLoad, choose_worker
+from flexpert.workers.messages import Cancel, Failed, Hello, StepOutput, Welcome
+
+log = logging.getLogger("flexpert.gateway")
+
+
+class WorkerPool:
+    """Must be made and called on one running loop. Implements LinkEvents."""
+
+    def __init__(self, *, cluster_token: str, gateway_id: str, model_id: str) -> None:
+        self._hello = Hello(cluster_token=cluster_token, gateway_id=gateway_id)
+        self._model_id = model_id
+        self._links: dict[str, WorkerLink] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._prefixes = PrefixIndex()
+        self._known_capacity = 0
+        self._limits: Welcome | None = None
+        self._limits_known = asyncio.Event()
+        self._closed = False
+        self.live = LiveTable()
+
+    # What the rest of the gateway asks
+
+    @property
+    def links(self) -> list[WorkerLink]:
+        return list(self._links.values())
+
+    @property
+    def ready(self) -> bool:
+        return any(link.connected for link in self._links.values())
+
+    @property
+    def capacity_choices(self) -> int:
+        """How many choices run at once. A worker that is away for now still counts: its place is not given away while it restarts."""
+        return self._known_capacity
+
+    async def limits(self) -> Welcome:
+        """What the workers can do, as the last one said; waits where none was ever there."""
+        await self._limits_known.wait()
+        if self._limits is None:
+            raise shutting_down()
+        return self._limits
+
+    def add(self, choices: Iterable[LiveChoice]) -> None:
+        for choice in choices:
+            self.live.add(choice)
+        self._dispatch()
+
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        """These are no longer wanted. Ids that are done already are ignored."""
+        for request_id in request_ids:
+            choice = self.live.remove(request_id)
+            if choice is not None and choice.worker_id is not None:
+                self._links[choice.worker_id].send(Cancel(request_id=request_id))
+        self._dispatch()
+
+    def fail_all(self, error: ApiError) -> None:
+        for choice in self.live:
+            self.live.remove(choice.request_id)
+            if choice.worker_id is not None:
+                self._links[choice.worker_id].send(Cancel(request_id=choice.request_id))
+            choice.sink.on_failed(error)
+
+    def set_desired(self, workers: Iterable[WorkerAddress]) -> None:
+        """Reconcile: links for the new, none for the missing, a fresh one where an address changed."""
+        if self._closed:
+            return
+        desired = {worker.worker_id: worker for worker in workers}
+        for worker_id, link in list(self._links.items()):
+            wanted = desired.get(worker_id)
+            if wanted is None or wanted.address != link.target.address:
+                self._drop(worker_id)
+                if wanted is None:
+                    self._prefixes.forget(worker_id)
+            else:
+                link.target = wanted
+        for worker_id, worker in desired.items():
+            if worker_id not in self._links:
+                self._links[worker_id] = WorkerLink(worker, hello=self._hello, model_id=self._model_id, events=self)
+        self._update_capacity()
+        self._dispatch()
+
+    async def close(self) -> None:
+        self._closed = True
+        self._limits_known.set()
+        self._limits = None
+        for worker_id in list(self._links):
+            self._drop(worker_id)
+        await asyncio.gather(*self._closing)
+
+    # What the links tell
+
+    def on_up(self, link: WorkerLink, welcome: Welcome) -> None:
+        self._limits = welcome
+        self._limits_known.set()
+        self._update_capacity()
+        self._dispatch()
+
+    def on_down(self, link: WorkerLink) -> None:
+        if self._links.get(link.worker_id) is link:
+            self._take_back(link.worker_id)
+            self._dispatch()
+
+    def on_step(self, link: WorkerLink, frame: StepOutput) -> None:
+        worker_id = link.worker_id
+        if self._links.get(worker_id) is not link:
+            return
+        now_s = time.monotonic()
+        for prompt in frame.prompt_logprobs:
+            choice = self.live.find(prompt.request_id, worker_id=worker_id)
+            if choice is not None and not choice.has_prompt_logprobs:
+                choice.has_prompt_logprobs = True
+                choice.sink.on_prompt_logprobs(prompt)
+        for token in frame.tokens:
+            choice = self.live.find(token.request_id, worker_id=worker_id)
+            if choice is None:
+                continue
+            try:
+                if choice.accept(token) and choice.sink.on_token(token, now_s):
+                    self.cancel([choice.request_id])
+            except ValueError as error:
+                log.error("worker %s: %s", worker_id, error)
+                self.cancel([choice.request_id])
+                choice.sink.on_failed(internal_error())
+        for finished in frame.finished:
+            choice = self.live.find(finished.request_id, worker_id=worker_id)
+            if choice is not None:
+                self.live.remove(choice.request_id)
+                choice.sink.on_finished(finished.reason, finished.cached_tokens)
+        if frame.finished:
+            self._dispatch()
+
+    def on_failed(self, link: WorkerLink, frame: Failed) -> None:
+        choice = self.live.find(frame.request_id, worker_id=link.worker_id)
+        if choice is None or self._links.get(link.worker_id) is not link:
+            return
+        self.live.remove(choice.request_id)
+        if frame.code != "invalid_request":
+            log.error("worker %s failed %s: %s", link.worker_id, frame.request_id, frame.message)
+        choice.sink.on_failed(
+            bad_request(frame.message) if frame.code == "invalid_request" else internal_error(frame.message)
+        )
+        self._dispatch()
+
+    # How a choice finds its worker
+
+    def _dispatch(self) -> None:
+        while self.live.waiting:
+            choice = self.live.waiting[0]
+            worker_id = self._choose(choice)
+            if worker_id is None:
+                return
+            self._submit(choice, self._links[worker_id])
+
+    def _choose(self, choice: LiveChoice) -> str | None:
+        connected = [link for link in self._links.values() if link.connected]
+        seen = self._prefixes.seen_tokens(choice.prompt_token_ids) if len(connected) > 1 else {}
+        loads = [self._load(link, seen.get(link.worker_id, 0)) for link in connected]
+        return choose_worker(prompt_tokens=len(choice.prompt_token_ids) + len(choice.emitted_token_ids), workers=loads)
+
+    def _load(self, link: WorkerLink, prefix_tokens: int) -> WorkerLoad:
+        assert link.welcome is not None
+        stats = link.stats
+        mine = self.live.of_worker(link.worker_id)
+        return WorkerLoad(
+            worker_id=link.worker_id,
+            in_flight=self.live.count_of(link.worker_id),
+            max_running=link.welcome.max_running,
+            unstarted_prompt_tokens=sum(
+                len(choice.prompt_token_ids) for choice in mine if not choice.emitted_token_ids
+            ),
+            kv_free_tokens=None if stats is None else stats.kv_capacity_tokens - stats.kv_used_tokens,
+            prefix_tokens=prefix_tokens,
+            draining=link.target.draining,
+        )
+
+    def _submit(self, choice: LiveChoice, link: WorkerLink) -> None:
+        self.live.assign(choice, link.worker_id)
+        end = choice.known_end()
+        if end is not None:
+            self.live.remove(choice.request_id)
+            choice.sink.on_finished(end, 0)
+            return
+        if len(self._links) > 1:
+            self._prefixes.record(link.worker_id, choice.prompt_token_ids)
+        choice.sink.on_submitted(time.monotonic())
+        link.send(choice.submit_frame())
+
+    def _take_back(self, worker_id: str) -> None:
+        lost = self.live.take_back(worker_id)
+        if lost:
+            log.warning("%d requests of worker %s wait for a worker again", len(lost), worker_id)
+
+    def _drop(self, worker_id: str) -> None:
+        link = self._links.pop(worker_id)
+        self._take_back(worker_id)
+        task = asyncio.get_running_loop().create_task(link.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    def _update_capacity(self) -> None:
+        capacity = sum(link.welcome.max_running for link in self._links.values() if link.welcome is not None)
+        # While workers are being replaced the list may be empty, or name only newcomers: the last capacity then stands.
+        self._known_capacity = capacity or self._known_capacity
