@@ -1,0 +1,188 @@
+"""The loader helper: reads checkpoint files into the granules of new weights, reports progress, and exits.
+
+`python -m flexpert.hbm.loader POOL_FD TASK_FD CHANNEL_FD`, started by `loads.Load` in the manager. Threads read:
+straight into the mapped granules where the dtype is the same (preadv), through a chunk buffer and `convert` where it is
+not. Each byte is read once. It dies with the manager, and on any error says which file, what was found and what was
+expected.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import msgspec
+
+from flexpert.hbm import wire
+from flexpert.hbm.errors import HbmError, LoadError
+from flexpert.hbm.granules import Extent
+from flexpert.hbm.host import HostBackend, memory_at
+from flexpert.hbm.loading import ITEM_BYTES, Copy, LoadPlan, check_plan
+from flexpert.hbm.messages import Done, ErrorReply, LoaderTask, Progress
+
+CHUNK_BYTES = 8 << 20
+REPORT_INTERVAL_S = 0.05
+_PR_SET_PDEATHSIG = 1
+
+
+def main(arguments: Sequence[str]) -> int:
+    manager_pid = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != manager_pid:
+        return 1
+    pool_fd, task_fd, channel_fd = map(int, arguments)
+    channel = socket.socket(fileno=channel_fd)
+    try:
+        with os.fdopen(task_fd, "rb") as task_file:
+            task = msgspec.msgpack.decode(task_file.read(), type=LoaderTask)
+        _load(task, pool_fd, channel)
+    except (HbmError, OSError, msgspec.MsgspecError) as error:
+        channel.sendall(wire.encode(ErrorReply(0, LoadError.kind, str(error))))
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    channel.sendall(wire.encode(Done(0)))
+    return 0
+
+
+def _load(task: LoaderTask, pool_fd: int, channel: socket.socket) -> None:
+    copies = [Copy(*msgspec.structs.astuple(record)) for record in task.copies]
+    plan = LoadPlan({name: nbytes for name, (nbytes, _extents) in task.segments.items()}, copies)
+    check_plan(plan)
+    total_bytes = plan.total_bytes()
+    channel.sendall(wire.encode(Progress(0, 0, total_bytes)))
+    reading = Reading(open_files(copies), _map_segments(task, pool_fd), copies)
+    for done_bytes in reading.run():
+        channel.sendall(wire.encode(Progress(0, done_bytes, total_bytes)))
+
+
+def open_files(copies: Sequence[Copy]) -> dict[str, int]:
+    """A descriptor for each file, after its size was checked against the copies. LoadError names the first that is
+    missing or short.
+    """
+    needed: dict[str, int] = {}
+    for copy in copies:
+        needed[copy.file] = max(needed.get(copy.file, 0), copy.file_offset + copy.source_bytes)
+    files = {}
+    for file, expected_bytes in needed.items():
+        try:
+            files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            found_bytes = os.fstat(files[file]).st_size
+        except OSError as error:
+            raise LoadError(
+                f"checkpoint file {file}: {error.strerror}; expected a file of at least {expected_bytes} bytes"
+            ) from error
+        if found_bytes < expected_bytes:
+            raise too_short(file, found_bytes, expected_bytes)
+    return files
+
+
+def too_short(file: str, found_bytes: int, expected_bytes: int) -> LoadError:
+    return LoadError(
+        f"checkpoint file {file} is truncated: found {found_bytes} bytes, expected at least {expected_bytes}. Download it again"
+    )
+
+
+class Reading:
+    """Carries copies out with several threads."""
+
+    def __init__(self, files: dict[str, int], segments: dict[str, memoryview], copies: Sequence[Copy]) -> None:
+        self._files, self._segments = files, segments
+        self._chunks = iter(sorted(_in_chunks(copies), key=lambda chunk: (chunk.file, chunk.file_offset)))
+        self._num_threads = min(8, 2 * len(os.sched_getaffinity(0)) + 2)
+        self._lock = threading.Lock()
+        self._done_bytes = 0
+        self._error: BaseException | None = None
+
+    def run(self) -> Iterator[int]:
+        """Yields the bytes done from time to time and at the end. Raises what a thread raised, first come."""
+        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._num_threads)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(REPORT_INTERVAL_S)
+                yield self._done_bytes
+        if self._error is not None:
+            raise self._error
+        yield self._done_bytes
+
+    def _work(self) -> None:
+        buffer = memoryview(bytearray(0))
+        try:
+            while (chunk := self._next()) is not None:
+                target = self._segments[chunk.segment][
+                    chunk.segment_offset : chunk.segment_offset + chunk.segment_bytes
+                ]
+                if chunk.source_dtype == chunk.dtype:
+                    self._read(chunk, target)
+                else:
+                    if len(buffer) < chunk.source_bytes:
+                        buffer = memoryview(bytearray(chunk.source_bytes))
+                    source = buffer[: chunk.source_bytes]
+                    self._read(chunk, source)
+                    _convert(source, chunk.source_dtype, target, chunk.dtype)
+                with self._lock:
+                    self._done_bytes += chunk.source_bytes
+        except BaseException as error:
+            with self._lock:
+                self._error = self._error or error
+
+    def _next(self) -> Copy | None:
+        with self._lock:
+            return None if self._error is not None else next(self._chunks, None)
+
+    def _read(self, chunk: Copy, target: memoryview) -> None:
+        done = 0
+        while done < len(target):
+            count = os.preadv(self._files[chunk.file], [target[done:]], chunk.file_offset + done)
+            if count == 0:
+                raise too_short(chunk.file, chunk.file_offset + done, chunk.file_offset + len(target))
+            done += count
+
+
+def _in_chunks(copies: Sequence[Copy]) -> Iterator[Copy]:
+    """The same copies in pieces of at most CHUNK_BYTES of source, so that threads share the large ones."""
+    for copy in copies:
+        source_item, item = ITEM_BYTES[copy.source_dtype], ITEM_BYTES[copy.dtype]
+        step = CHUNK_BYTES // source_item
+        for first in range(0, copy.num_elements, step):
+            yield replace(
+                copy,
+                file_offset=copy.file_offset + first * source_item,
+                segment_offset=copy.segment_offset + first * item,
+                num_elements=min(step, copy.num_elements - first),
+            )
+
+
+def _convert(source: memoryview, source_dtype: str, target: memoryview, dtype: str) -> None:
+    from flexpert.hbm.convert import convert  # numpy takes 0.1 s to import: only where something is converted
+
+    convert(source, source_dtype, target, dtype)
+
+
+def _map_segments(task: LoaderTask, pool_fd: int) -> dict[str, memoryview]:
+    backend = HostBackend()
+    pool = backend.import_(pool_fd, writable=True)
+    segments = {}
+    for name, (nbytes, extents) in task.segments.items():
+        size = backend.granule_bytes
+        target = backend.reserve(sum(count for _start, count in extents) * size)
+        offset = 0
+        for start, count in extents:
+            backend.map(target, offset, pool, Extent(start, count))
+            offset += count * size
+        segments[name] = memory_at(target.address, nbytes, writable=True)
+    return segments
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,147 @@
+"""Runs one loader helper: starts it, relays its progress, and says how it ended when its process has exited.
+
+The helper maps the new granules writable; they count as loaded only after its exit, so nobody else has a writable
+mapping then. A helper that is killed or crashes is a failed load with a reason, never a failed manager. Called by
+`manager.Manager`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from flexpert.hbm import wire
+from flexpert.hbm.backend import Pool
+from flexpert.hbm.books import WeightSet
+from flexpert.hbm.errors import ProtocolError
+from flexpert.hbm.loop import READ, EventLoop
+from flexpert.hbm.messages import Done, ErrorReply, LoaderMessage, Progress
+
+_READS_A_TURN = 16
+
+
+class Load:
+    """A running load. `on_progress` is called with new numbers, `on_end` once, with None or the reason of the
+    failure.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        pool: Pool,
+        weight_set: WeightSet,
+        copies: bytes,
+        *,
+        on_progress: Callable[[], None],
+        on_end: Callable[[str | None], None],
+    ) -> None:
+        """Starts the helper; raises OSError where no process can be started."""
+        self.done_bytes = self.total_bytes = 0
+        self.waiters: list[tuple[int, int]] = []  # (client id, request)
+        self._loop, self._on_progress, self._on_end = loop, on_progress, on_end
+        self._reader = wire.loader_messages()
+        self._finished = False
+        self._reason: str | None = None
+        self._channel, theirs = socket.socketpair()
+        self._channel.setblocking(False)
+        pool_fd = pool.export(writable=True)
+        task_fd = _memfd_with(_task(weight_set, copies))
+        passed = (pool_fd, task_fd, theirs.fileno())
+        try:
+            command = [sys.executable, "-P", "-m", "flexpert.hbm.loader", *map(str, passed)]
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=passed)
+            self._pidfd = os.pidfd_open(self.process.pid)
+        except OSError:
+            self._channel.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(pool_fd)
+            os.close(task_fd)
+        loop.watch(self._channel.fileno(), READ, self._on_channel)
+        loop.watch(self._pidfd, READ, self._on_exit)
+
+    def kill(self, reason: str) -> None:
+        """End it as failed, for this reason."""
+        self._finished, self._reason = False, reason
+        signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _on_channel(self, _events: int) -> None:
+        if not self._read(_READS_A_TURN):
+            self._loop.unwatch(self._channel.fileno())
+            self._channel.close()
+
+    def _on_exit(self, _events: int) -> None:
+        if self._channel.fileno() >= 0:
+            self._read(1 << 20)
+            if self._channel.fileno() >= 0:
+                self._loop.unwatch(self._channel.fileno())
+                self._channel.close()
+        self._loop.unwatch(self._pidfd)
+        os.close(self._pidfd)
+        code = self.process.wait()
+        if self._finished and code == 0:
+            self._on_end(None)
+        else:
+            self._on_end(self._reason or self._how_it_died(code))
+
+    def _read(self, times: int) -> bool:
+        """False at the end of the stream, or of trust in it."""
+        for _ in range(times):
+            try:
+                data = wire.receive(self._channel, deque())
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            if not data:
+                return False
+            self._reader.add(data)
+            try:
+                for message, _num_descriptors in self._reader.messages():
+                    self._take(message)
+            except ProtocolError as error:
+                self.kill(f"the loader helper sent nonsense: {error}")
+                return False
+        return True
+
+    def _take(self, message: LoaderMessage) -> None:
+        match message:
+            case Progress():
+                self.done_bytes, self.total_bytes = message.done_bytes, message.total_bytes
+                self._on_progress()
+            case Done():
+                self._finished = True
+            case ErrorReply():
+                self._reason = self._reason or message.text
+
+    def _how_it_died(self, code: int) -> str:
+        if code >= 0:
+            how = f"exited with code {code} (its error stands in the manager's log)"
+        else:
+            how = f"was killed by signal {-code} ({signal.Signals(-code).name})"
+            if code in (-signal.SIGKILL, -signal.SIGBUS):
+                how += "; the machine or the control group may be out of memory"
+        return f"the loader helper {how} after {self.done_bytes} of {self.total_bytes} bytes; load_weights can be called again"
+
+
+def _task(weight_set: WeightSet, copies: bytes) -> bytes:
+    """`messages.LoaderTask`, with the copies as they came."""
+    segments = {name: (segment.nbytes, segment.extents) for name, segment in weight_set.segments.items()}
+    return msgspec.msgpack.encode((segments, msgspec.Raw(copies)))
+
+
+def _memfd_with(content: bytes) -> int:
+    descriptor = os.memfd_create("flexpert-hbm-task", os.MFD_CLOEXEC)
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
