@@ -16,12 +16,15 @@ class CopyTokens:
     """Copy the KV of tokens [first_token, end_token) of one slot to the same positions of another.
 
     The part of a shared prefix that does not fill whole granules; on a backend that cannot map a granule twice, all of it.
+    Granules do not align with tokens: the first `skip_bytes` bytes of the first token already lie in a shared granule, which
+    must not be written.
     """
 
     source_slot: int
     slot: int
     first_token: int
     end_token: int
+    skip_bytes: int = 0
 
 
 MemoryOp = Claim | Map | Unmap | CopyTokens
