@@ -10,11 +10,13 @@ import typer
 import flexpert
 from flexpert.cli.errors import CommandError
 from flexpert.cli.options import parse_bytes
+from flexpert.controller.runtime_dir import RuntimeDir, RuntimeDirError, find
 
 app = typer.Typer(
     name="flexpert",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="Serve Mixture-of-Experts models on a cluster that grows and shrinks while it serves.\n\n"
@@ -45,7 +47,7 @@ def _root(
 def up(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="Directory of a checkpoint, a hub id like org/name, or `built-in`."),
+        typer.Argument(metavar="MODEL", help="Directory of a checkpoint, a hub id like org/name, or `built-in`."),
     ] = None,
     model_option: Annotated[
         str | None, typer.Option("--model", metavar="MODEL", help="The same, as an option.")
@@ -168,6 +170,26 @@ def logs(
         typer.echo(path.read_text(errors="replace"), nl=False)
 
 
+@hbm_app.command()
+def check(name: Name = "default") -> None:
+    """Have the HBM manager prove its books: every granule has one owner, every mapping a lease. Exit code 0 when all is well."""
+    from flexpert.cli.show import describe_memory
+    from flexpert.controller.node_agent import MANAGER_NAME
+    from flexpert.hbm import check_manager
+
+    report = check_manager(_runtime(name).path, MANAGER_NAME)
+    if not report.running:
+        raise CommandError("stopped", report.problems[0])
+    if report.problems:
+        raise CommandError(
+            "internal", "the HBM manager's books are wrong:\n" + "\n".join(f"  {line}" for line in report.problems)
+        )
+    info = report.info
+    assert info is not None
+    books = {"budget_bytes": info.budget_bytes, "free_bytes": info.free_bytes, "pid": info.pid}
+    typer.echo(f"all is well: {describe_memory({'manager': books})}")
+
+
 @app.command()
 def events(
     name: Name = "default", json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False
@@ -185,7 +207,7 @@ def events(
 def run() -> NoReturn:
     """Entry of the command line."""
     try:
-        app(standalone_mode=True)
+        app()
     except CommandError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
@@ -194,9 +216,7 @@ def run() -> NoReturn:
     sys.exit(0)
 
 
-def _runtime(name: str):  # type: ignore[no-untyped-def]
-    from flexpert.controller.runtime_dir import RuntimeDirError, find
-
+def _runtime(name: str) -> RuntimeDir:
     try:
         return find(name)
     except RuntimeDirError as error:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from flexpert.cli.errors import CommandError
+from flexpert.cli.options import show_bytes
 
 HOST_MEMORY_SHARE = 0.6  # of what is free: the pool is only taken where it is used, the rest is for the processes
 _CGROUP = Path("/sys/fs/cgroup")
@@ -46,7 +47,7 @@ def check_memory(wanted_bytes: int) -> None:
     if wanted_bytes > available:
         raise CommandError(
             "memory",
-            f"--memory: found {available >> 20} MiB of free memory on this machine, {wanted_bytes >> 20} MiB were asked for; "
+            f"--memory: found {show_bytes(available)} of free memory on this machine, {show_bytes(wanted_bytes)} were asked for; "
             "give less, or end what holds it",
         )
 

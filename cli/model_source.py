@@ -67,12 +67,39 @@ def _checked(source: ModelSource) -> ModelSource:
         raise CommandError("model", f"model {source.directory}: config.json cannot be read: {error}") from error
     if not isinstance(parsed, dict):
         raise CommandError("model", f"model {source.directory}: config.json holds no JSON object")
-    if not any(source.directory.glob("*.safetensors")):
+    _check_weights(source.directory)
+    return source
+
+
+def _check_weights(directory: Path) -> None:
+    """Every weight file is there and as long as its header says: a broken download is told at once, not after the cluster's start."""
+    from safetensors import SafetensorError, safe_open
+
+    files = {path.name for path in directory.glob("*.safetensors")}
+    if not files:
         raise CommandError(
             "checkpoint",
-            f"model {source.directory}: found no *.safetensors file; convert the checkpoint to safetensors, or get its weights",
+            f"model {directory}: found no *.safetensors file; convert the checkpoint to safetensors, or get its weights",
         )
-    return source
+    for index in directory.glob("*.safetensors.index.json"):
+        try:
+            wanted = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, LookupError, AttributeError) as error:
+            raise CommandError(
+                "checkpoint", f"model {directory}: {index.name} cannot be read: {error!r}; get it again"
+            ) from error
+        if missing := sorted(wanted - files):
+            raise CommandError(
+                "checkpoint", f"model {directory}: {', '.join(missing)} named in {index.name} is missing; get it again"
+            )
+    for name in sorted(files):
+        try:
+            with safe_open(str(directory / name), framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CommandError(
+                "checkpoint", f"model {directory}: {name} is truncated or damaged ({error}); get it again"
+            ) from error
 
 
 def _download(hub_id: str) -> Path:

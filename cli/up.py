@@ -25,6 +25,7 @@ from flexpert.cli.admin import serve_admin
 from flexpert.cli.errors import CommandError
 from flexpert.cli.leftovers import clean_up
 from flexpert.cli.model_source import ModelSource, resolve_model
+from flexpert.cli.options import show_bytes
 from flexpert.cli.screen import Screen
 from flexpert.controller.journal import read_events
 from flexpert.controller.processes import ProcessId, children, end_all
@@ -126,7 +127,7 @@ class _Up:
         if options.kv_bytes is not None and options.kv_bytes >= memory_bytes:
             raise CommandError(
                 "memory",
-                f"--kv-memory: found {options.kv_bytes >> 20} MiB, expected less than the {memory_bytes >> 20} MiB of --memory",
+                f"--kv-memory: found {show_bytes(options.kv_bytes)}, expected less than the {show_bytes(memory_bytes)} of --memory",
             )
         self._source = resolve_model(options.model)
         self._api_key = None if options.no_auth else options.api_key or "fx-" + secrets.token_urlsafe(24)
@@ -281,14 +282,16 @@ class _Up:
         for number in ENDING_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         self._screen.end_progress()
-        if self._ray is not None:
+        started = self._ray is not None
+        if started:
             with contextlib.suppress(Exception):
                 self._kill_actors()
             self._ray.shutdown()
         end_all(children(ProcessId.own()), grace_s=END_GRACE_S)
         for line in clean_up(self._runtime, stop_manager=True):
             log.info("%s", line)
-        self._screen.step("ended")
+        if started:
+            self._screen.step("ended")
 
     def _kill_actors(self) -> None:
         from flexpert.controller import ray_cluster

@@ -23,11 +23,15 @@ class GatewayActor:
 
     async def start(self, config: dict[str, Any]) -> dict[str, Any]:
         """Listen with `config` (fields of GatewayConfig); returns the port, or the failure."""
-        from flexpert.controller.gateway import Gateway, GatewayConfig
+        from flexpert.controller.gateway import Gateway, GatewayConfig, GatewayError
 
         try:
             gateway = Gateway(GatewayConfig(**config))
             await gateway.start()
+        except GatewayError as error:
+            log.error("the gateway did not start: %s", error)
+            kind = "model" if str(config["model_dir"]) in str(error) else "port"
+            return {"failure": StartFailure(kind=kind, message=str(error), permanent=True).to_json()}
         except Exception as error:
             log.exception("the gateway did not start")
             return {"failure": StartFailure.of(error).to_json()}

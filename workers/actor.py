@@ -34,7 +34,6 @@ ERROR_KINDS = {
     "MemoryError": ("memory", True),
     "OutOfMemoryError": ("memory", True),
     "HbmError": ("internal", False),
-    "GatewayError": ("port", True),
 }
 
 
