@@ -111,7 +111,7 @@ class Engine:
         """Step while there is work, wait while there is none, return after `stop`."""
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._stopping or self._inbox or self._scheduler.has_work)
+                self._wake.wait_for(lambda: self._stopping or self._inbox or self._live)
                 if self._stopping:
                     return
             self.step()

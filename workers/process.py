@@ -20,7 +20,8 @@ import torch
 
 from flexpert.hbm import HbmClient, KvArena
 from flexpert.workers.engine import Engine, Owner
-from flexpert.workers.kv_books import KvBooks, KvGeometry
+from flexpert.workers.kv_books import KvBooks
+from flexpert.workers.kv_geometry import KvGeometry
 from flexpert.workers.memory import ArenaMemory, KvMemory, TorchMemory, bytes_at
 from flexpert.workers.messages import Welcome, WorkerFrame
 from flexpert.workers.model import (
@@ -90,6 +91,15 @@ class StartTimes:
         self._began_s = now_s
 
 
+def prepare(model_dir: Path, device: str) -> None:
+    """What a worker can do before it is one: read the model's configuration, make the device's context. Raises as `start` does."""
+    check_servable(model_dir)
+    if torch.device(device).type == "cuda":
+        if not torch.cuda.is_available():
+            raise WorkerStartError("device cuda: torch finds no CUDA device; install a CUDA build of torch and the driver, or use --device cpu")
+        torch.zeros(1, device=device)
+
+
 class WorkerProcess:
     """One worker: `start` brings it up, `address` is where gateways connect, `stop` ends its threads."""
 
@@ -98,6 +108,7 @@ class WorkerProcess:
         self.address = config.address
         self.times = StartTimes()
         self.weights_loaded = False
+        self._weights_bytes = self._kv_bytes = 0
         self._client: HbmClient | None = None
         self._engine: Engine | None = None
         self._server: WorkerServer | None = None
@@ -154,6 +165,8 @@ class WorkerProcess:
             "model_id": self.config.model_id,
             "address": self.address,
             "weights_loaded": self.weights_loaded,
+            "weights_bytes": self._weights_bytes,
+            "kv_bytes": self._kv_bytes,
             "start_s": dict(self.times.phases),
             "stats": None if stats is None else {name: getattr(stats, name) for name in stats.__struct_fields__},
         }
@@ -207,6 +220,7 @@ class WorkerProcess:
 
     def _bind_on_device(self, servable: ServableModel, manifest: bytes, segments: dict[str, torch.Tensor]) -> BoundModel:
         device = torch.device(self.config.device)
+        self._weights_bytes = sum(segment.numel() for segment in segments.values())
         if device.type != "cpu":
             segments = {name: segment.to(device) for name, segment in segments.items()}
         return bind(servable, manifest, segments, device=device)
@@ -217,6 +231,7 @@ class WorkerProcess:
         token_bytes = kv_token_bytes(servable, self._dtype_name())
         max_context_tokens = self._max_context(servable)
         memory, books = self._open_kv(token_bytes, max_context_tokens)
+        self._kv_bytes = books.capacity_tokens * token_bytes
         books.restore(memory.records())
         scheduler_config = SchedulerConfig(
             max_running=self.config.max_running,
