@@ -173,7 +173,7 @@ def logs(
 @hbm_app.command()
 def check(name: Name = "default") -> None:
     """Have the HBM manager prove its books: every granule has one owner, every mapping a lease. Exit code 0 when all is well."""
-    from flexpert.cli.show import describe_memory
+    from flexpert.cli.screen import describe_memory
     from flexpert.controller.node_agent import MANAGER_NAME
     from flexpert.hbm import check_manager
 

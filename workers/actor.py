@@ -32,6 +32,7 @@ ERROR_KINDS = {
     "BudgetError": ("memory", True),
     "LimitError": ("limits", True),
     "MemoryError": ("memory", True),
+    "ImportError": ("internal", True),
     "OutOfMemoryError": ("memory", True),
     "HbmError": ("internal", False),
 }

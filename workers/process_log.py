@@ -1,4 +1,4 @@
-"""Where a process of the cluster writes its log: one rotating file, which also takes what is printed.
+"""Where a process of the cluster writes its log: one rotating file (mode 0600), which also takes what is printed.
 
 Called once by each actor, first thing. File descriptors 1 and 2 are pointed at the file, so that a crash inside a library and a
 fatal signal leave their last words there too, not only what goes through `logging`.
@@ -11,6 +11,7 @@ import logging
 import logging.handlers
 import os
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 
 MAX_LOG_BYTES = 8 << 20
@@ -30,18 +31,18 @@ class _ProcessLog(logging.handlers.RotatingFileHandler):
         super().doRollover()
         self._follow()
 
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, self.mode, opener=lambda path, flags: os.open(path, flags, 0o600))
+
     def _follow(self) -> None:
+        assert self.stream is not None
         os.dup2(self.stream.fileno(), 1)
         os.dup2(self.stream.fileno(), 2)
 
 
 def open_process_log(path: Path, level: str) -> None:
     """Send everything this process says to `path`, from `level` ("debug", "info", "warning", "error") on."""
-    old_mask = os.umask(0o077)
-    try:
-        handler = _ProcessLog(path)
-    finally:
-        os.umask(old_mask)
+    handler = _ProcessLog(path)
     sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 (open as long as the process)
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -1,0 +1,108 @@
+"""The actor around a worker process, without Ray: warming, starting, and how errors are sorted."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexpert.hbm.errors import BudgetError, LimitError, LoadError, ManagerGoneError
+from flexpert.workers import actor as module
+from flexpert.workers.actor import StartFailure, WorkerActor
+
+
+class UnservableModelError(Exception):
+    """Named like the one of workers.model, which imports torch."""
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "permanent"),
+    [
+        (UnservableModelError("no experts"), "model", True),
+        (LoadError("short file"), "checkpoint", True),
+        (BudgetError("no granules"), "memory", True),
+        (LimitError("descriptors"), "limits", True),
+        (MemoryError("no"), "memory", True),
+        (ManagerGoneError("gone"), "internal", False),
+        (RuntimeError("boom"), "internal", False),
+        (ModuleNotFoundError("no torch"), "internal", True),
+    ],
+)
+def test_errors_are_sorted_by_class(error: Exception, kind: str, permanent: bool) -> None:
+    failure = StartFailure.of(error)
+    assert (failure.kind, failure.permanent) == (kind, permanent)
+    assert str(error) in failure.message
+
+
+@dataclass
+class WorkerConfig:
+    worker_id: str
+    incarnation: int
+    fails: bool = False
+
+
+class PlayedProcess:
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config, self.address, self.stopped = config, "unix:/played", False
+
+    def start(self, on_progress: Any) -> None:
+        on_progress(5, 10)
+        if self.config.fails:
+            raise UnservableModelError("recurrent")
+
+    def status(self) -> dict[str, Any]:
+        return {"worker_id": self.config.worker_id, "incarnation": self.config.incarnation}
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> WorkerActor:
+    found = types.ModuleType("played_process")
+    found.WorkerConfig, found.PlayedProcess = WorkerConfig, PlayedProcess  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "played_process", found)
+    monkeypatch.setattr(module, "open_process_log", lambda path, level: None)
+    monkeypatch.setenv("FLEXPERT_TEST_VARIABLE", "before")
+    return WorkerActor(
+        log_path="/unused",
+        log_level="info",
+        environment={"FLEXPERT_TEST_VARIABLE": "set"},
+        process="played_process:PlayedProcess",
+    )
+
+
+async def test_warm_process_becomes_a_worker(played: WorkerActor) -> None:
+    assert os.environ["FLEXPERT_TEST_VARIABLE"] == "set"
+    assert (await played.warm("/model", "cpu"))["pid"] == os.getpid()
+    assert await played.status() is None
+    answer = await played.start({"worker_id": "worker-0", "incarnation": 3})
+    assert (answer["address"], answer["incarnation"]) == ("unix:/played", 3)
+    assert await played.progress() == (5, 10)
+    await played.stop()
+
+
+async def test_start_that_fails_answers_with_the_failure(played: WorkerActor) -> None:
+    answer = await played.start({"worker_id": "worker-0", "incarnation": 1, "fails": True})
+    assert answer == {"failure": {"kind": "model", "message": "recurrent", "permanent": True}}
+
+
+def test_process_log_takes_prints_and_rotates(tmp_path: Path) -> None:
+    code = (
+        "import sys, os, logging; from pathlib import Path; from flexpert.workers import process_log as p; p.MAX_LOG_BYTES = 2000\n"
+        "p.open_process_log(Path(sys.argv[1]), 'info')\n"
+        "for n in range(60): logging.info('line %d', n)\n"
+        "print('printed'); os.write(2, b'from a library\\n')"
+    )
+    path = tmp_path / "x.log"
+    assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code, str(path)]) == 0
+    text = path.read_text()
+    assert "printed" in text
+    assert "from a library" in text
+    assert path.with_name("x.log.1").exists()
+    assert path.stat().st_mode & 0o077 == 0
