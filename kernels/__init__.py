@@ -1,1 +1,19 @@
-"""flexpert.kernels"""
+"""Attention and experts on tensors: every kernel with its PyTorch reference, batch-invariant on the CPU.
+
+Nothing here knows of workers, requests or checkpoints. Importing this package imports torch, but not transformers.
+"""
+
+from flexpert.kernels.attention import AttentionPlan, PackedRequests, attend
+from flexpert.kernels.experts import ExpertSlabs, SlabPart, experts_forward
+from flexpert.kernels.registration import register, run_experts
+
+__all__ = [
+    "AttentionPlan",
+    "ExpertSlabs",
+    "PackedRequests",
+    "SlabPart",
+    "attend",
+    "experts_forward",
+    "register",
+    "run_experts",
+]

@@ -1,0 +1,157 @@
+"""The experts of one MoE layer, read in place from an arena of slabs: reference on the CPU, plain torch on a GPU.
+
+An expert's weights lie in a slot of the arena (`ExpertSlabs`); which slot is data. All kernels here return one weighted sum of the
+unsummed rows of each (token, k) in top-k order, so that placement and batch composition change no bit of a token's result on the CPU:
+every expert's rows are padded to multiples of 16, where a matrix product's row does not depend on the rows beside it.
+
+Called through `flexpert.kernels.registration` by the experts modules of transformers. Knows nothing of models or checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROW_GROUP = 16
+
+
+@dataclass(frozen=True)
+class SlabPart:
+    """One matrix of a slab: where it begins, in elements, and its shape as the checkpoint has it."""
+
+    offset: int
+    shape: tuple[int, int]
+
+
+@dataclass
+class ExpertSlabs:
+    """The experts of one layer.
+
+    arena: one-dimensional, of the weights' dtype; slot s begins at element s * slot_stride. slots[e] is expert e's slot; the slots of a
+    layer are neighbours, in any order. parts: "gate_up_proj" [2I, H] (or "up_proj" [I, H] without a gate) and "down_proj" [H, I];
+    transposed: stored as [H, 2I] and [I, H]. activate: [..., 2I] -> [..., I], row by row (the module's own gate).
+    up_bias, down_bias: [E, 2I] and [E, H] in expert order.
+    """
+
+    arena: Tensor
+    slot_stride: int
+    slots: Sequence[int]
+    parts: Mapping[str, SlabPart]
+    transposed: bool
+    activate: Callable[[Tensor], Tensor]
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    up: Tensor = field(init=False)  # [E, H, 2I] view of the arena in slot order
+    down: Tensor = field(init=False)  # [E, I, H]
+    position: Tensor | None = field(init=False)  # expert -> place in slot order; None where they are equal
+
+    def __post_init__(self) -> None:
+        first = min(self.slots)
+        if sorted(self.slots) != list(range(first, first + len(self.slots))):
+            raise ValueError(f"the slots of a layer must be neighbours, found {sorted(self.slots)}")
+        order = np.argsort(np.asarray(self.slots))
+        self.up = self._matrices("gate_up_proj" if "gate_up_proj" in self.parts else "up_proj", first)
+        self.down = self._matrices("down_proj", first)
+        device = self.arena.device
+        in_order = list(order) == list(range(len(order)))
+        self.position = None if in_order else torch.from_numpy(np.argsort(order)).to(device)
+        if not in_order:
+            by_slot = torch.from_numpy(order).to(device)
+            self.up_bias = None if self.up_bias is None else self.up_bias[by_slot]
+            self.down_bias = None if self.down_bias is None else self.down_bias[by_slot]
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.slots)
+
+    def _matrices(self, name: str, first_slot: int) -> Tensor:
+        part = self.parts[name]
+        view = self.arena.as_strided(
+            (len(self.slots), *part.shape),
+            (self.slot_stride, part.shape[1], 1),
+            self.arena.storage_offset() + first_slot * self.slot_stride + part.offset,
+        )
+        return view if self.transposed else view.transpose(1, 2)
+
+
+def experts_forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, slabs: ExpertSlabs) -> Tensor:
+    """[tokens, H], [tokens, k] expert ids, [tokens, k] weights -> [tokens, H] of hidden's dtype."""
+    compute = _cpu_rows if hidden.device.type == "cpu" else grouped_rows
+    expert = top_k_index if slabs.position is None else slabs.position[top_k_index]
+    rows = compute(hidden.to(slabs.arena.dtype), expert, slabs)
+    return (rows * top_k_weights.unsqueeze(-1)).sum(1).to(hidden.dtype)
+
+
+def _cpu_rows(hidden: Tensor, expert: Tensor, slabs: ExpertSlabs) -> Tensor:
+    """The unweighted result of each (token, k): [tokens, k, H]."""
+    tokens, top_k = expert.shape
+    ids = expert.reshape(-1).numpy()
+    counts = np.bincount(ids, minlength=slabs.num_experts)
+    padded = -(-counts // ROW_GROUP) * ROW_GROUP
+    capacity = int(padded.max())
+    batched = capacity * slabs.num_experts <= 2 * int(padded.sum())
+    begin = np.arange(slabs.num_experts) * capacity if batched else np.cumsum(padded) - padded
+    order = np.argsort(ids, kind="stable")
+    place = np.empty_like(ids)  # of each (token, k) among the gathered rows
+    place[order] = np.arange(len(ids)) + (begin - (np.cumsum(counts) - counts))[ids[order]]
+    source = np.zeros(capacity * slabs.num_experts if batched else int(padded.sum()), dtype=np.int64)
+    source[place] = np.arange(len(ids)) // top_k
+    gathered = hidden.index_select(0, torch.from_numpy(source))
+    if batched:
+        result = _all_at_once(gathered.view(slabs.num_experts, capacity, -1), slabs).flatten(0, 1)
+    else:
+        result = _one_by_one(gathered, begin, padded, slabs)
+    return result.index_select(0, torch.from_numpy(place)).view(tokens, top_k, -1)
+
+
+def _all_at_once(gathered: Tensor, slabs: ExpertSlabs) -> Tensor:
+    """[E, capacity, H] -> [E, capacity, H], where the experts' loads are even: one product instead of E."""
+    inner = torch.bmm(gathered, slabs.up)
+    if slabs.up_bias is not None:
+        inner += slabs.up_bias.unsqueeze(1)
+    result = torch.bmm(slabs.activate(inner), slabs.down)
+    if slabs.down_bias is not None:
+        result += slabs.down_bias.unsqueeze(1)
+    return result
+
+
+def _one_by_one(gathered: Tensor, begin: np.ndarray, count: np.ndarray, slabs: ExpertSlabs) -> Tensor:
+    """Rows [begin[e], begin[e] + count[e]) through expert e; an expert without rows is not touched."""
+    runs = [(e, int(begin[e]), int(begin[e] + count[e])) for e in np.flatnonzero(count)]
+    inner = gathered.new_empty(len(gathered), slabs.up.shape[2])
+    for e, first, end in runs:
+        torch.mm(gathered[first:end], slabs.up[e], out=inner[first:end])
+        if slabs.up_bias is not None:
+            inner[first:end] += slabs.up_bias[e]
+    activated = slabs.activate(inner)
+    result = torch.empty_like(gathered)
+    for e, first, end in runs:
+        torch.mm(activated[first:end], slabs.down[e], out=result[first:end])
+        if slabs.down_bias is not None:
+            result[first:end] += slabs.down_bias[e]
+    return result
+
+
+def grouped_rows(hidden: Tensor, expert: Tensor, slabs: ExpertSlabs) -> Tensor:
+    """The same by two grouped products over rows sorted by expert: no host synchronisation, no atomics, so capturable and deterministic."""
+    tokens, top_k = expert.shape
+    ids, order = torch.sort(expert.reshape(-1), stable=True)
+    experts = torch.arange(slabs.num_experts, device=ids.device, dtype=ids.dtype)
+    ends = torch.searchsorted(ids, experts, right=True, out_int32=True)
+    inner = _grouped_mm(hidden.index_select(0, order // top_k), slabs.up, ends)
+    if slabs.up_bias is not None:
+        inner = inner + slabs.up_bias.index_select(0, ids)
+    result = _grouped_mm(slabs.activate(inner).contiguous(), slabs.down, ends)
+    if slabs.down_bias is not None:
+        result = result + slabs.down_bias.index_select(0, ids)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return result.index_select(0, place).view(tokens, top_k, -1)
+
+
+def _grouped_mm(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    grouped = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+    return grouped(rows, matrices, offs=ends)

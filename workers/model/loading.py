@@ -1,0 +1,47 @@
+"""Carries out a load plan in this process: for CUDA, and for whoever runs without an HBM manager.
+
+On the host the manager's own helper does this once per node; this one fills the caller's buffers and nothing else.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+from flexpert.hbm.loading import LoadPlan
+from flexpert.workers.model.errors import CheckpointError
+from flexpert.workers.model.planning import STORED_NAMES
+
+_TORCH_DTYPES = {name: dtype for dtype, name in STORED_NAMES.items()}
+
+
+def load_into(plan: LoadPlan, buffers: Mapping[str, Tensor], on_progress: Callable[[int, int], None] | None = None) -> None:
+    """Fill uint8 buffers, one for each segment, on any device; bytes that no copy writes become zeros.
+
+    on_progress(done_bytes, total_bytes) counts bytes read. Raises CheckpointError where a file shrank or vanished since it was planned.
+    """
+    for name, nbytes in plan.segments.items():
+        if buffers[name].numel() != nbytes:
+            raise ValueError(f"the buffer of segment {name!r} has {buffers[name].numel()} bytes, expected {nbytes}")
+        buffers[name].zero_()
+    total, done = plan.total_bytes(), 0
+    for path, copies in groupby(sorted(plan.copies, key=attrgetter("file", "file_offset")), key=attrgetter("file")):
+        try:
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+                for copy in copies:
+                    dtype = _TORCH_DTYPES[copy.source_dtype]
+                    source = torch.frombuffer(mapped, dtype=dtype, count=copy.num_elements, offset=copy.file_offset)
+                    end = copy.segment_offset + copy.segment_bytes
+                    target = buffers[copy.segment][copy.segment_offset : end].view(_TORCH_DTYPES[copy.dtype])
+                    target.copy_(source)
+                    del source
+                    done += copy.source_bytes
+                    if on_progress is not None:
+                        on_progress(done, total)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read as planned ({error}); fetch the checkpoint again") from error

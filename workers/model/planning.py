@@ -1,0 +1,217 @@
+"""Plans the load of a checkpoint: which bytes of which files go where, decided from headers alone.
+
+Names go through transformers' own mapping, but its converters that stack experts into 3-D tensors are not run: each expert's matrices are
+copied straight into its slab, whether the checkpoint stores them one by one or fused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from flexpert.hbm.loading import CONVERTIBLE_FROM, ITEM_BYTES, Copy, LoadPlan
+from flexpert.kernels.registration import up_name
+from flexpert.workers.model import checkpoint_names as names
+from flexpert.workers.model.checkpoint_files import StoredTensor, read_checkpoint
+from flexpert.workers.model.errors import CheckpointError
+from flexpert.workers.model.layout import (
+    DENSE,
+    EXPERTS,
+    VERSION,
+    DenseTensor,
+    ExpertLayer,
+    SlabMatrix,
+    WeightLayout,
+    aligned,
+    slot_size,
+)
+from flexpert.workers.model.servable import ServableModel, torch_dtype
+
+GRANULE_BYTES = 65536
+# dtypes by their safetensors names
+STORED_NAMES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def plan_weights(servable: ServableModel, dtype: str | torch.dtype, *, granule_bytes: int = GRANULE_BYTES) -> LoadPlan:
+    """Raises CheckpointError where the files do not hold exactly the model of the configuration."""
+    dtype = torch_dtype(dtype)
+    model = servable.build(dtype)
+    stored = read_checkpoint(servable.model_dir)
+    layout = lay_out(model, servable.experts, dtype, granule_bytes)
+    copies = _Copies(servable, model, layout).plan(stored)
+    segments = {DENSE: layout.dense_bytes, EXPERTS: layout.experts_bytes}
+    return LoadPlan(segments=segments, copies=copies, manifest=layout.to_manifest())
+
+
+def lay_out(model: PreTrainedModel, experts: tuple[str, ...], dtype: torch.dtype, granule_bytes: int) -> WeightLayout:
+    """Where each tensor of the module tree lies; tied parameters have no bytes of their own."""
+    slab_names = {f"{module}.{name}" for module in experts for name in slab_matrices(model.get_submodule(module))}
+    tied, dtypes, state = names.tied_names(model), names.state_dtypes(model, dtype), model.state_dict()
+    dense, end = {}, 0
+    for name, tensor in state.items():
+        if name not in slab_names and name not in tied:
+            dense[name] = DenseTensor(str(dtypes[name]).removeprefix("torch."), tuple(tensor.shape), end)
+            end += aligned(tensor.numel() * dtypes[name].itemsize)
+    layers, slots, slab_bytes = [], 0, 0
+    for path in experts:
+        module = model.get_submodule(path)
+        matrices, offset = [], 0
+        for name in slab_matrices(module):
+            num_experts, *shape = state[f"{path}.{name}"].shape
+            matrices.append(SlabMatrix(name, offset, (shape[0], shape[1])))
+            offset += aligned(shape[0] * shape[1] * dtype.itemsize)
+        layers.append(ExpertLayer(path, slots, num_experts, tuple(matrices), module.is_transposed, not module.is_concatenated))
+        slots += num_experts
+        slab_bytes = max(slab_bytes, offset)
+    slot_bytes, slots_per_group = slot_size(slab_bytes, granule_bytes)
+    return WeightLayout(
+        version=VERSION,
+        dtype=str(dtype).removeprefix("torch."),
+        dense_bytes=end,
+        dense=dense,
+        slab_bytes=slab_bytes,
+        slot_bytes=slot_bytes,
+        slots=slots,
+        slots_per_group=slots_per_group,
+        experts=tuple(layers),
+    )
+
+
+def slab_matrices(module: nn.Module) -> tuple[str, str]:
+    """The parameters of an experts module that make up its slabs; all others (biases) are dense."""
+    return (up_name(module), "down_proj")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a run of one dtype goes, and how many elements it must have."""
+
+    segment: str
+    offset_bytes: int
+    num_elements: int
+    dtype: torch.dtype
+
+
+class _Copies:
+    """Matches stored tensors with the layout."""
+
+    def __init__(self, servable: ServableModel, model: PreTrainedModel, layout: WeightLayout) -> None:
+        self._model_dir = servable.model_dir
+        self._model = model
+        self._layout = layout
+        self._dtype = getattr(torch, layout.dtype)
+        self._state = model.state_dict()
+        self._tied = names.tied_names(model)
+        self._matrices = {
+            f"{layer.module}.{matrix.name}": (layer, matrix) for layer in layout.experts for matrix in layer.matrices
+        }
+        self._filled: dict[str, set[tuple[int | None, int]]] = {}
+
+    def plan(self, stored: dict[str, StoredTensor]) -> list[Copy]:
+        copies: list[Copy] = []
+        unexpected = []
+        for key, target in names.targets(self._model, stored).items():
+            if target.name in self._state:
+                copies += self._copies_of(key, stored[key], target)
+            elif not names.may_be_left_over(self._model, target.name):
+                unexpected.append(key)
+        if unexpected:
+            raise self._wrong("holds tensors that the model has no place for", unexpected)
+        self._require_complete()
+        return copies
+
+    def _wrong(self, what: str, keys: list[str]) -> CheckpointError:
+        shown = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+        return CheckpointError(
+            f"{self._model_dir}: the checkpoint {what}: {shown}; config.json and weights do not belong together, or a file is incomplete: "
+            "fetch the checkpoint again"
+        )
+
+    def _copies_of(self, key: str, stored: StoredTensor, target: names.Target) -> list[Copy]:
+        if target.operations:
+            raise CheckpointError(
+                f"{self._model_dir}: {key} would have to be rearranged ({', '.join(target.operations)}), which flexpert does not do; "
+                "save the model again with transformers 5 so that its tensors have the names of its modules"
+            )
+        if target.name in self._tied:
+            return []
+        matrix = self._matrices.get(target.name)
+        if matrix is None:
+            dense = self._layout.dense[target.name]
+            self._require_shape(key, stored, dense.shape)
+            self._fill(key, target.name, None, 0)
+            dtype = getattr(torch, dense.dtype)
+            return self._copy(key, stored, 0, _Place(DENSE, dense.offset_bytes, stored.num_elements, dtype))
+        layer, slab = matrix
+        if target.expert is None:
+            self._require_shape(key, stored, (layer.num_experts, *slab.shape))
+            experts: range = range(layer.num_experts)
+        else:
+            rows, columns = slab.shape
+            self._require_shape(key, stored, (rows // target.parts, columns))
+            if target.expert >= layer.num_experts:
+                raise self._wrong(f"has an expert {target.expert} where the configuration has {layer.num_experts}", [key])
+            experts = range(target.expert, target.expert + 1)
+        copies = []
+        for i, expert in enumerate(experts):
+            self._fill(key, target.name, expert, target.part)
+            elements = stored.num_elements // len(experts)
+            offset = (layer.first_slot + expert) * self._layout.slot_bytes + slab.offset_bytes
+            offset += target.part * elements * self._dtype.itemsize
+            copies += self._copy(key, stored, i * elements, _Place(EXPERTS, offset, elements, self._dtype))
+        return copies
+
+    def _copy(self, key: str, stored: StoredTensor, first_element: int, place: _Place) -> list[Copy]:
+        wanted = STORED_NAMES[place.dtype]
+        if stored.dtype != wanted and not (stored.dtype in CONVERTIBLE_FROM and place.dtype.is_floating_point):
+            raise CheckpointError(
+                f"{stored.file}: {key} has dtype {stored.dtype}, expected {wanted} or one of {', '.join(sorted(CONVERTIBLE_FROM))}; "
+                "a quantised checkpoint is not supported yet"
+            )
+        if place.num_elements == 0:
+            return []
+        item_bytes = ITEM_BYTES[stored.dtype]
+        return [
+            Copy(
+                file=str(stored.file),
+                file_offset=stored.file_offset + first_element * item_bytes,
+                num_elements=place.num_elements,
+                source_dtype=stored.dtype,
+                segment=place.segment,
+                segment_offset=place.offset_bytes,
+                dtype=wanted,
+            )
+        ]
+
+    def _require_shape(self, key: str, stored: StoredTensor, expected: tuple[int, ...]) -> None:
+        if stored.shape != tuple(expected):
+            raise CheckpointError(
+                f"{stored.file}: {key} has shape {list(stored.shape)}, expected {list(expected)}; config.json and weights do not belong "
+                "together: fetch the checkpoint again"
+            )
+
+    def _fill(self, key: str, name: str, expert: int | None, part: int) -> None:
+        filled = self._filled.setdefault(name, set())
+        if (expert, part) in filled:
+            raise self._wrong(f"holds {name} twice", [key])
+        filled.add((expert, part))
+
+    def _require_complete(self) -> None:
+        """Every dense tensor, and of every expert's matrix every part, was found."""
+        missing = [n for n in self._layout.dense if n not in self._filled and not names.may_be_absent(self._model, n)]
+        for name, (layer, _) in self._matrices.items():
+            filled = self._filled.get(name, set())
+            parts = 1 + max((part for _, part in filled), default=0)
+            missing += [
+                f"{name} of expert {expert}"
+                for expert in range(layer.num_experts)
+                if any((expert, part) not in filled for part in range(parts))
+            ]
+        if missing:
+            raise self._wrong(f"lacks {len(missing)} tensors", missing)

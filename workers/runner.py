@@ -1,0 +1,88 @@
+"""Computes the rows of a step: builds the batch, runs the model, returns the wanted logits.
+
+Called by the engine, on one thread. Knows rows, slots and positions; not requests, sampling or who owns the memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexpert.workers.model.binding import BoundModel
+from flexpert.workers.model.cpu_step import CpuStep
+from flexpert.workers.model.interfaces import STEP
+from flexpert.workers.model.kv_layout import KvViews
+from flexpert.workers.model.packing import PackedStep, pack
+from flexpert.workers.step import Row
+
+log = logging.getLogger(__name__)
+
+# Rows of the packed step and of the projection to logits. With 32 rows every element-wise operation of torch covers whole
+# vectors of 512 bits; the last elements of an odd number would be computed by scalar code, whose sigmoid has other bits.
+ROW_MULTIPLE = 32
+LOGITS_MULTIPLE = 16
+_MAX_INVARIANT_THREADS = 16
+
+
+class ModelRunner:
+    """kv: uint8 [slots, slot_bytes], the KV of token t of slot s at byte t * kv_token_bytes of row s.
+
+    On the CPU a row's logits are the same bits whatever else is in the step; for that the number of torch's threads is lowered to a power of
+    two, so that element-wise operations are never cut within a row.
+    """
+
+    def __init__(self, bound: BoundModel, kv: Tensor) -> None:
+        self._bound = bound
+        self._views = KvViews(kv, bound.kv)
+        self._num_slots = kv.shape[0]
+        self.last_build_s = 0.0
+        if bound.device.type == "cpu":
+            _use_invariant_threads()
+
+    @property
+    def kv_token_bytes(self) -> int:
+        return self._bound.kv.token_bytes
+
+    @property
+    def num_layers(self) -> int:
+        return self._bound.servable.num_layers
+
+    def forward(self, rows: Sequence[Row]) -> Tensor:
+        """Write the KV of the rows' tokens; return float32 logits [wanted, vocab] in row order: of the last token of each row with
+        `sample`, of every token of a row with `all_logits`. Raises ValueError for a row that does not fit its slot."""
+        began_s = time.perf_counter()
+        packed = pack(rows, multiple=ROW_MULTIPLE, capacity_tokens=self._views.capacity_tokens, slots=self._num_slots)
+        for experts in self._bound.experts:
+            experts.real_tokens = packed.num_tokens
+        step = CpuStep(packed, self._views)
+        for layer in self._bound.servable.attention:
+            step.plan(layer.heads, layer.key_heads, layer.window)
+        self.last_build_s = time.perf_counter() - began_s
+        return self._run(packed, step)
+
+    def _run(self, packed: PackedStep, step: CpuStep) -> Tensor:
+        wanted = torch.zeros(max(1, -(-len(packed.wanted) // LOGITS_MULTIPLE)) * LOGITS_MULTIPLE, dtype=torch.long)
+        wanted[: len(packed.wanted)] = torch.from_numpy(packed.wanted)
+        with torch.inference_mode():
+            output = self._bound.model(
+                input_ids=torch.from_numpy(packed.token_ids)[None],
+                position_ids=torch.from_numpy(packed.positions)[None],
+                past_key_values=step,
+                use_cache=True,
+                logits_to_keep=wanted,
+                **{STEP: step},
+            )
+            logits: Tensor = output.logits[0, : len(packed.wanted)].float()
+        return logits
+
+
+def _use_invariant_threads() -> None:
+    threads = torch.get_num_threads()
+    allowed = 1 << min(threads, _MAX_INVARIANT_THREADS).bit_length() - 1
+    if allowed != threads:
+        log.info("using %d of %d threads: results are bitwise repeatable with a power of two", allowed, threads)
+        torch.set_num_threads(allowed)
