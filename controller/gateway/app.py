@@ -75,7 +75,17 @@ def build_app(parts: Parts, *, draining: Any) -> FastAPI:
     _add_operations(app, parts, draining)
     _add_models(app, parts)
     _add_inference(app, parts)
+    _drop_unused_answers(app.openapi())
     return app
+
+
+def _drop_unused_answers(document: dict[str, Any]) -> None:
+    """FastAPI documents its own 422 for every body; here an invalid body is a 400. The document is made once and kept."""
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
 
 
 def _add_inference(app: FastAPI, parts: Parts) -> None:

@@ -37,7 +37,11 @@ class ApiError(HTTPException):
 
 def error_body(error: ApiError) -> bytes:
     fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-    return msgspec.json.encode({"error": fields})
+    # What a client sent may be quoted here, and need not be Unicode.
+    safe = {
+        name: None if value is None else value.encode("utf-8", "replace").decode() for name, value in fields.items()
+    }
+    return msgspec.json.encode({"error": safe})
 
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:

@@ -50,7 +50,12 @@ class ModelTokenizer:
         return cls(tokenizer, stop_token_ids=_stop_token_ids(model_dir, tokenizer.eos_token_id))
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text. Raises ApiError where a text is not Unicode (JSON can spell half of a surrogate pair)."""
         texts = list(texts)
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            raise bad_request("The prompt is not Unicode text: it has half of a surrogate pair.") from error
         if sum(map(len, texts)) <= _ENCODE_INLINE_CHARS:
             return self._encode(texts, add_special_tokens)
         return await asyncio.to_thread(self._encode, texts, add_special_tokens)

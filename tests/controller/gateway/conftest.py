@@ -161,6 +161,10 @@ class FakeWorker:
         self._steps_left = None
         self._may_step.set()
 
+    async def fail(self, request_id: str, code: str, message: str) -> None:
+        self._running.pop(request_id, None)
+        self.send(Failed(request_id=request_id, code=code, message=message))
+
     def send(self, frame: object) -> None:
         for writer in self._writers:
             writer.write(self._codec.encode(frame))
@@ -357,12 +361,18 @@ def worker(shared: Harness) -> Iterator[FakeWorker]:
     shared.workers[0].reset()
 
 
-@pytest.fixture
-def client(shared: Harness, worker: FakeWorker, make_client: Callable[..., openai.OpenAI]) -> openai.OpenAI:
+@pytest.fixture(scope="module")
+def shared_client(shared: Harness, make_client: Callable[..., openai.OpenAI]) -> openai.OpenAI:
     return make_client(shared.gateways[0])
 
 
 @pytest.fixture
+def client(shared_client: openai.OpenAI, worker: FakeWorker) -> openai.OpenAI:
+    """The real client on the shared gateway."""
+    return shared_client
+
+
+@pytest.fixture(scope="module")
 def make_client() -> Iterator[Callable[..., openai.OpenAI]]:
     """The real client on a gateway, without retries."""
     made: list[openai.OpenAI] = []
