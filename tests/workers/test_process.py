@@ -1,0 +1,264 @@
+"""Whole workers on a real HBM manager: what they copy, what they leave behind, and how a replacement goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from tests.families import make_model
+
+from flexpert.hbm import HbmClient, HbmError, ManagerConfig, ensure_manager, stop_manager
+from flexpert.workers.framing import open_stream, worker_frames
+from flexpert.workers.messages import Failed, Finished, Hello, SamplingParams, Stats, StepOutput, Submit
+from flexpert.workers.process import WorkerConfig, WorkerProcess, WorkerStartError
+
+TOKEN = "secret"
+PROMPTS = [[7 * i % 90 + 3 for i in range(n)] for n in (5, 40, 133)]
+GREEDY = SamplingParams(max_tokens=48, seed=0, temperature=0.0)
+SEEDED = SamplingParams(max_tokens=48, seed=1234567, temperature=0.9, top_p=0.95)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    """About 96 MiB of experts, so that a copy of them could not hide."""
+    folder = tmp_path_factory.mktemp("model")
+    make_model("qwen3_moe", num_experts=32, hidden_size=512, moe_intermediate_size=256, num_hidden_layers=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def manager():
+    runtime_dir = Path(tempfile.mkdtemp(prefix="fxw"))
+    try:
+        yield ensure_manager(ManagerConfig(runtime_dir=runtime_dir, budget_bytes=512 << 20))
+    finally:
+        stop_manager(runtime_dir)
+        shutil.rmtree(runtime_dir)
+
+
+class Child:
+    """A worker process; `status` is what it said when it was up."""
+
+    def __init__(self, manager, model_dir: Path, incarnation: int) -> None:
+        folder = Path(manager.socket_path).parent
+        fields = {
+            "worker_id": "worker-0",
+            "model_dir": str(model_dir),
+            "model_id": "tiny",
+            "cluster_token": TOKEN,
+            "address": f"unix:{folder}/w{incarnation}.sock",
+            "incarnation": incarnation,
+            "manager_socket": str(manager.socket_path),
+            "max_running": 8,
+            "max_context_tokens": 512,
+            "kv_bytes": 64 << 20,
+        }
+        script = Path(__file__).with_name("worker_child.py")
+        self.process = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.status = self.ask(json.dumps(fields))
+
+    def ask(self, line: str) -> dict:
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, f"the worker ended with code {self.process.wait()}"
+        return json.loads(answer)
+
+    def kill(self) -> None:
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def start_child(manager, model_dir):
+    children = []
+
+    def start(incarnation: int) -> Child:
+        children.append(Child(manager, model_dir, incarnation))
+        return children[-1]
+
+    yield start
+    for child in children:
+        if child.process.poll() is None:
+            child.kill()
+
+
+def in_process(model_dir: Path, **changes) -> WorkerProcess:
+    fields = {
+        "worker_id": "alone",
+        "model_dir": model_dir,
+        "model_id": "tiny",
+        "cluster_token": TOKEN,
+        "address": f"unix:{tempfile.mkdtemp(prefix='fxa')}/w.sock",
+        "max_running": 8,
+        "max_context_tokens": 512,
+    }
+    return WorkerProcess(WorkerConfig(**fields | changes))
+
+
+def submits(params: SamplingParams, emitted: dict[str, list[int]] | None = None) -> list[Submit]:
+    found = emitted or {}
+    return [
+        Submit(request_id=f"r{i}", prompt_token_ids=prompt, params=params, emitted_token_ids=found.get(f"r{i}", []))
+        for i, prompt in enumerate(PROMPTS)
+    ]
+
+
+async def read_tokens(address: str, requests: list[Submit], *, stop_after: int | None = None) -> tuple[dict[str, list[int]], list]:
+    """Tokens by request until all ended, or until `stop_after` were seen; and the frames of other kinds."""
+    reader, writer = await open_stream(address)
+    codec = worker_frames()
+    writer.write(codec.encode(Hello(cluster_token=TOKEN, gateway_id="test")))
+    await codec.read(reader)
+    for submit in requests:
+        writer.write(codec.encode(submit))
+    tokens = {submit.request_id: list(submit.emitted_token_ids) for submit in requests}
+    others, left, seen = [], len(requests), 0
+    while left and (stop_after is None or seen < stop_after):
+        frame = await asyncio.wait_for(codec.read(reader), 60)
+        assert frame is not None, "the worker closed the stream"
+        if not isinstance(frame, StepOutput):
+            others.append(frame)
+            left -= isinstance(frame, Failed)
+            continue
+        for token in frame.tokens:
+            assert token.output_index == len(tokens[token.request_id])
+            tokens[token.request_id].append(token.token_id)
+            seen += 1
+        left -= len(frame.finished)
+        others += frame.finished
+    writer.close()
+    return tokens, others
+
+
+def undisturbed(model_dir: Path, params: SamplingParams) -> dict[str, list[int]]:
+    worker = in_process(model_dir)
+    try:
+        return asyncio.run(read_tokens(worker.start(), submits(params)))[0]
+    finally:
+        worker.stop()
+
+
+@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_a_replacement_goes_on_with_exactly_the_tokens_of_an_undisturbed_run(start_child, manager, model_dir, params):
+    first = start_child(1)
+    assert first.status["weights_loaded"]
+    emitted, _ = asyncio.run(read_tokens(first.status["address"], submits(params), stop_after=60))
+    first.kill()
+    second = start_child(2)
+    assert not second.status["weights_loaded"], "the weights are in the manager's memory"
+    tokens, others = asyncio.run(read_tokens(second.status["address"], submits(params, emitted)))
+    assert tokens == undisturbed(model_dir, params)
+    assert [end.reason for end in others if isinstance(end, Finished)] == ["length"] * 3
+    stats = [frame for frame in others if isinstance(frame, Stats)][-1]
+    computed_before = sum(len(prompt) for prompt in PROMPTS)
+    assert stats.prefill_tokens < computed_before / 4, "the KV of before was computed again"
+
+
+def test_a_worker_copies_no_weights(start_child):
+    child = start_child(1)
+    asyncio.run(read_tokens(child.status["address"], submits(GREEDY)))
+    memory = child.ask("anonymous")
+    grown = memory["now"] - memory["before"]
+    assert child.status["weights_bytes"] > 90 << 20
+    assert grown < child.status["weights_bytes"] / 4, f"{grown} bytes of private memory were added"
+
+
+def test_a_worker_that_was_replaced_is_fenced_off(start_child, manager, model_dir):
+    start_child(2)
+    late = in_process(model_dir, manager_socket=Path(manager.socket_path), incarnation=1, kv_bytes=64 << 20)
+    with pytest.raises(HbmError, match=r"incarnation|token|fenc"):
+        late.start()
+    late.stop()
+
+
+def test_no_memory_for_kv_is_said_in_bytes(manager, model_dir):
+    worker = in_process(model_dir, manager_socket=Path(manager.socket_path), kv_bytes=1024)
+    with pytest.raises(WorkerStartError, match=r"no memory for KV: found \d+ bytes, at least \d+ are needed"):
+        worker.start()
+    worker.stop()
+
+
+def test_no_memory_for_weights_is_said_in_bytes_and_the_manager_goes_on(model_dir):
+    runtime_dir = Path(tempfile.mkdtemp(prefix="fxw"))
+    try:
+        manager = ensure_manager(ManagerConfig(runtime_dir=runtime_dir, budget_bytes=16 << 20))
+        worker = in_process(model_dir, manager_socket=Path(manager.socket_path))
+        with pytest.raises(HbmError, match=r"\d+ bytes"):
+            worker.start()
+        worker.stop()
+        with HbmClient.connect(manager.socket_path, client_name="after") as client:
+            assert client.info().free_bytes == 16 << 20
+    finally:
+        stop_manager(runtime_dir)
+        shutil.rmtree(runtime_dir)
+
+
+def test_a_context_beyond_the_models_own_is_refused(model_dir):
+    with pytest.raises(WorkerStartError, match="made for at most"):
+        in_process(model_dir, max_context_tokens=1 << 20).start()
+
+
+def test_a_step_that_fails_ends_its_requests_and_no_others(model_dir, monkeypatch):
+    worker = in_process(model_dir)
+    address = worker.start()
+    try:
+        forward = worker.engine._runner.forward
+
+        def broken(rows):
+            raise RuntimeError("planted")
+
+        monkeypatch.setattr(worker.engine._runner, "forward", broken)
+        _, others = asyncio.run(read_tokens(address, submits(GREEDY)))
+        failed = [frame for frame in others if isinstance(frame, Failed)]
+        assert {frame.request_id for frame in failed} == {"r0", "r1", "r2"}
+        assert all("planted" in frame.message and frame.code == "internal" for frame in failed)
+        monkeypatch.setattr(worker.engine._runner, "forward", forward)
+        tokens, _ = asyncio.run(read_tokens(address, submits(GREEDY)))
+        assert all(len(found) == 48 for found in tokens.values())
+    finally:
+        worker.stop()
+
+
+def test_a_request_that_can_never_be_served_is_refused_alone(model_dir):
+    worker = in_process(model_dir)
+    try:
+        too_long = Submit(request_id="long", prompt_token_ids=[5] * 600, params=GREEDY)
+        tokens, others = asyncio.run(read_tokens(worker.start(), [too_long, *submits(GREEDY)]))
+        (failed,) = [frame for frame in others if isinstance(frame, Failed)]
+        assert (failed.request_id, failed.code) == ("long", "invalid_request")
+        assert len(tokens["r0"]) == 48
+    finally:
+        worker.stop()
+
+
+def test_prompt_logprobs_are_those_of_the_model(model_dir):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    prompt = PROMPTS[2]
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    params = SamplingParams(max_tokens=1, seed=0, temperature=0.0, prompt_logprobs=2, logprobs=2)
+    worker = in_process(model_dir)
+    frames: list = []
+    worker.tap("tap", frames.append)
+    worker.start()
+    try:
+        worker.engine.submit("tap", Submit(request_id="p", prompt_token_ids=prompt, params=params))
+        asyncio.run(read_tokens(worker.address, submits(GREEDY)))
+    finally:
+        worker.stop()
+    (scores,) = [scores for frame in frames if isinstance(frame, StepOutput) for scores in frame.prompt_logprobs]
+    wanted = [expected[i, token].item() for i, token in enumerate(prompt[1:])]
+    assert scores.logprobs == pytest.approx(wanted, abs=1e-3)
+    assert [top[0][0] for top in scores.top] == expected[:-1].argmax(-1).tolist()
