@@ -226,9 +226,9 @@ class KvArena:
         descriptor, protection = self._pool.descriptor, self._pool.protection
         base = self.address + slot * self.slot_bytes + first_granule * GRANULE_BYTES
         num_runs = 0
-        for index, run in runs_of(granules):
-            offset = run.start * GRANULE_BYTES
-            map_fixed(base + index * GRANULE_BYTES, run.length * GRANULE_BYTES, protection, descriptor, offset)
+        for index, (start, length) in runs_of(granules):
+            offset = start * GRANULE_BYTES
+            map_fixed(base + index * GRANULE_BYTES, length * GRANULE_BYTES, protection, descriptor, offset)
             num_runs += 1
         backed = self._backed[slot]
         if first_granule == len(backed):

@@ -344,6 +344,7 @@ class HbmClient:
     # The reader thread
 
     def _read(self) -> None:
+        told = ""  # why the manager closes the connection, in its own words
         reason = "the HBM manager has ended, or closed the connection"
         frames = wire.manager_messages()
         try:
@@ -352,11 +353,11 @@ class HbmClient:
                 for message, num_descriptors in frames.messages():
                     descriptors = [self._descriptors.popleft() for _ in range(num_descriptors)]
                     if isinstance(message, m.ErrorReply) and message.request == 0 and message.lease_id == 0:
-                        reason = message.text
+                        told = message.text
                     self._deliver(message, descriptors)
         except (OSError, HbmError, IndexError) as error:
             reason = f"the connection to the HBM manager broke: {error}"
-        self._gone = reason
+        self._gone = told or reason
         _close_all(self._descriptors)
         for answers in list(self._waiting.values()):
             answers.put(None)

@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         listener = _listen(paths.socket)
     except HbmError as error:
         log.error("%s", error)
+        os.close(lock)  # before anyone hears of it, so that nobody finds a manager that is about to end
         _report(options.ready_fd, {"error": str(error), "kind": error.kind})
         return 1
     try:

@@ -125,6 +125,9 @@ def ids_of(extents: Sequence[Extent]) -> Sequence[int]:
 
 def runs_of(granules: Sequence[int]) -> Iterator[tuple[int, Extent]]:
     """Splits a list of granule ids into runs of neighbours: (index of the run's first id, run)."""
+    if len(granules) == 1:
+        yield 0, Extent(granules[0], 1)
+        return
     begin = 0
     for index in range(1, len(granules) + 1):
         if index == len(granules) or granules[index] != granules[index - 1] + 1:

@@ -1,0 +1,342 @@
+"""The books against a model of what clients could still reach: whatever happens in whatever order, no granule is
+reassigned while a process that is not known to have exited may have it mapped, and the books prove themselves right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from flexpert.hbm.books import Arena, Books, Client, Geometry, Lease, WeightSet
+from flexpert.hbm.errors import BudgetError, BusyError, FencedError, HbmError, NotFoundError, ProtocolError
+from flexpert.hbm.granules import Extent, ids_of
+
+GRANULE_BYTES = 100
+NUM_GRANULES = 24
+GEOMETRIES = [Geometry(2, 4, 4), Geometry(3, 5, 10), Geometry(1, 30, 20)]
+
+
+def books_with(*tokens: int) -> Books:
+    """Clients 1, 2, ... with these fencing tokens, each in a process of its own."""
+    books = Books(num_granules=NUM_GRANULES, granule_bytes=GRANULE_BYTES)
+    for number, token in enumerate(tokens, start=1):
+        books.add_client(Client(number, pid=1000 + number, name=f"c{number}", fencing_token=token))
+    return books
+
+
+def leased(books: Books, client_id: int, geometry: Geometry = GEOMETRIES[0]) -> Lease:
+    lease, _ = books.open_arena(client_id, "kv", geometry, request=1)
+    assert lease is not None
+    return lease
+
+
+def test_an_older_token_is_refused_for_ever() -> None:
+    books = books_with(5, 4)
+    lease = leased(books, 1)
+    books.release_arena(lease.lease_id, 1)
+    books.drop_arena("kv")
+    with pytest.raises(FencedError, match="token 4 is older than 5"):
+        books.open_arena(2, "kv", GEOMETRIES[0], request=1)
+
+
+def test_an_equal_token_does_not_take_over_from_a_holder() -> None:
+    books = books_with(5, 5)
+    leased(books, 1)
+    with pytest.raises(FencedError, match="only a larger token"):
+        books.open_arena(2, "kv", GEOMETRIES[0], request=1)
+
+
+def test_a_newer_token_waits_for_the_holders_exit_and_not_only_for_its_socket() -> None:
+    books = books_with(1, 2)
+    leased(books, 1)
+    assert books.open_arena(2, "kv", GEOMETRIES[0], request=7) == (None, None)
+    assert books.client_closed(1)
+    assert books.arenas["kv"].lease is not None
+    [arena] = books.client_exited(1)
+    waiter, lease = books.grant_waiter(arena)
+    assert (waiter.request, lease.client_id) == (7, 2)
+    assert books.check() == []
+
+
+def test_the_newest_of_two_that_wait_displaces_the_other() -> None:
+    books = books_with(1, 2, 3)
+    leased(books, 1)
+    books.open_arena(2, "kv", GEOMETRIES[0], request=7)
+    lease, displaced = books.open_arena(3, "kv", GEOMETRIES[0], request=8)
+    assert lease is None
+    assert displaced is not None
+    assert displaced.client_id == 2
+
+
+def test_a_process_cannot_wait_for_itself() -> None:
+    books = books_with(1)
+    books.add_client(Client(9, pid=1001, name="same process", fencing_token=2))
+    leased(books, 1)
+    with pytest.raises(BusyError, match="this process"):
+        books.open_arena(9, "kv", GEOMETRIES[0], request=1)
+
+
+def test_records_stay_for_the_next_holder_of_the_same_geometry() -> None:
+    books = books_with(1, 2)
+    arena = books.arena_of(leased(books, 1).lease_id, 1)
+    [first, *_] = ids_of(arena.extents)
+    books.claim(arena, 1, "r")
+    books.map(arena, 1, 0, [first])
+    books.client_exited(1)
+    leased(books, 2)
+    assert [(slot.request_id, slot.granules) for slot in books.arenas["kv"].table] == [("", []), ("r", [first])]
+
+
+def test_another_geometry_makes_the_arena_anew() -> None:
+    books = books_with(1, 2)
+    arena = books.arena_of(leased(books, 1).lease_id, 1)
+    books.claim(arena, 1, "r")
+    books.client_exited(1)
+    leased(books, 2, GEOMETRIES[1])
+    assert all(slot.request_id == "" for slot in books.arenas["kv"].table)
+    assert books.take_released() == [Extent(0, 4)]
+    assert books.check() == []
+
+
+def test_an_arena_that_does_not_fit_says_what_is_needed_and_who_has_the_rest() -> None:
+    books = books_with(1)
+    books.begin_load("w", {"a": 1950}, b"")
+    with pytest.raises(
+        BudgetError, match=r"1000 bytes \(10 granules of 100\) are needed, 400 are free.*weights hold 2000"
+    ):
+        books.open_arena(1, "kv", GEOMETRIES[1], request=1)
+    assert books.arenas == {}
+
+
+def test_a_remade_arena_that_does_not_fit_leaves_the_old_one() -> None:
+    books = books_with(1)
+    arena = books.arena_of(leased(books, 1).lease_id, 1)
+    books.claim(arena, 0, "r")
+    books.release_arena(1 if arena.lease is None else arena.lease.lease_id, 1)
+    with pytest.raises(BudgetError):
+        books.open_arena(1, "kv", Geometry(1, 1, 100), request=1)
+    assert books.arenas["kv"].table[0].request_id == "r"
+
+
+@pytest.mark.parametrize(
+    ("slot", "first", "granules"),
+    [
+        (2, 0, [0]),
+        (-1, 0, [0]),
+        (0, 1, [0]),
+        (0, 0, [0, 1, 2, 3, 0]),
+        (0, 0, [5]),
+        (0, 0, [-1]),
+        (0, 0, [NUM_GRANULES]),
+    ],
+)
+def test_a_wrong_mapping_is_refused_and_changes_nothing(slot: int, first: int, granules: list[int]) -> None:
+    books = books_with(1)
+    arena = books.arena_of(leased(books, 1).lease_id, 1)
+    books.begin_load("w", {"a": 300}, b"")  # owns granules 4 to 6
+    with pytest.raises(ProtocolError):
+        books.map(arena, slot, first, granules)
+    assert all(slot.granules == [] for slot in arena.table)
+
+
+def test_a_lease_is_of_no_use_to_another_client() -> None:
+    books = books_with(1, 2)
+    lease = leased(books, 1)
+    with pytest.raises(ProtocolError, match="not held by this client"):
+        books.arena_of(lease.lease_id, 2)
+
+
+def test_dropped_weights_keep_their_granules_until_the_last_reader_goes() -> None:
+    books = books_with(0, 0)
+    books.begin_load("w", {"a": 250, "b": 1}, b"")
+    books.load_ready("w")
+    books.attach_weights("w", 1)
+    books.attach_weights("w", 2)
+    books.drop_weights("w")
+    with pytest.raises(NotFoundError):
+        books.attach_weights("w", 2)
+    books.client_exited(1)
+    assert books.pool.num_free == NUM_GRANULES - 4
+    books.client_exited(2)
+    assert books.pool.num_free == NUM_GRANULES
+
+
+def test_the_audit_sees_a_granule_with_two_owners() -> None:
+    books = books_with(1)
+    leased(books, 1)
+    books.begin_load("w", {"a": 100}, b"")
+    books.weights["w"].segments["a"] = books.weights["w"].segments["a"].__class__(100, (Extent(0, 1),))
+    assert any("another owner" in finding for finding in books.check())
+
+
+def test_the_audit_sees_a_lease_of_nobody_and_a_foreign_mapping() -> None:
+    books = books_with(1)
+    arena = books.arena_of(leased(books, 1).lease_id, 1)
+    arena.table[0].granules.append(23)
+    del books.clients[1]
+    findings = "\n".join(books.check())
+    assert "holder, client 1, is not known" in findings
+    assert "granule 23 belongs to 0" in findings
+
+
+class AnyHistory(RuleBasedStateMachine):
+    """`reach` is the model: what each process that has not exited may still have mapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.books = Books(num_granules=NUM_GRANULES, granule_bytes=GRANULE_BYTES)
+        self.alive: set[int] = set()
+        self.writes: dict[int, tuple[int, frozenset[int], int]] = {}  # lease id -> client, granules, owner id
+        self.reads: list[tuple[int, frozenset[int], int]] = []
+        self.next_client = 0
+
+    clients = st.integers(1, 6)
+    keys = st.sampled_from(["w", "x"])
+    names = st.sampled_from(["kv", "kv2"])
+
+    @rule(token=st.integers(0, 4))
+    def connect(self, token: int) -> None:
+        self.next_client += 1
+        self.books.add_client(Client(self.next_client, pid=self.next_client, name="c", fencing_token=token))
+        self.alive.add(self.next_client)
+
+    def pick(self, number: int) -> int | None:
+        connected = sorted(c for c in self.alive if c in self.books.clients and self.books.clients[c].connected)
+        return connected[number % len(connected)] if connected else None
+
+    @rule(number=clients)
+    def close_socket(self, number: int) -> None:
+        client = self.pick(number)
+        if client is not None:
+            holds = client in {w[0] for w in self.writes.values()} or client in {r[0] for r in self.reads}
+            assert self.books.client_closed(client) == holds
+
+    @precondition(lambda self: self.alive)
+    @rule(number=clients)
+    def exit(self, number: int) -> None:
+        client = sorted(self.alive)[number % len(self.alive)]
+        self.alive.discard(client)
+        self.writes = {k: v for k, v in self.writes.items() if v[0] != client}
+        self.reads = [read for read in self.reads if read[0] != client]
+        for arena in self.books.client_exited(client):
+            self.grant(arena)
+
+    def grant(self, arena: Arena) -> None:
+        with contextlib.suppress(BudgetError):
+            _, lease = self.books.grant_waiter(arena)
+            self.note(self.books.arenas[arena.name], lease)
+
+    def note(self, arena: Arena, lease: Lease) -> None:
+        self.writes[lease.lease_id] = (lease.client_id, frozenset(ids_of(arena.extents)), arena.owner_id)
+
+    @rule(key=keys, sizes=st.lists(st.integers(1, 700), min_size=1, max_size=3))
+    def load(self, key: str, sizes: list[int]) -> None:
+        with contextlib.suppress(BudgetError, BusyError):
+            self.books.begin_load(key, {str(i): size for i, size in enumerate(sizes)}, b"")
+
+    @rule(key=keys, good=st.booleans())
+    def load_ends(self, key: str, good: bool) -> None:
+        weight_set = self.books.weights.get(key)
+        if weight_set is not None and not weight_set.ready:
+            if good:
+                self.books.load_ready(key)
+            else:
+                self.books.load_failed(key, "why not")
+
+    @rule(key=keys, number=clients)
+    def attach(self, key: str, number: int) -> None:
+        client = self.pick(number)
+        if client is not None:
+            with contextlib.suppress(NotFoundError, BusyError):
+                weight_set = self.books.attach_weights(key, client)
+                self.reads.append((client, granules_of(weight_set), weight_set.owner_id))
+
+    @precondition(lambda self: self.reads)
+    @rule(number=clients)
+    def detach(self, number: int) -> None:
+        read = self.reads[number % len(self.reads)]
+        if self.books.clients[read[0]].connected:
+            self.books.detach_weights(read[2], read[0])
+            self.reads.remove(read)
+
+    @rule(key=keys)
+    def drop_weights(self, key: str) -> None:
+        with contextlib.suppress(NotFoundError, BusyError):
+            self.books.drop_weights(key)
+
+    @rule(name=names, number=clients, geometry=st.sampled_from(GEOMETRIES))
+    def open_arena(self, name: str, number: int, geometry: Geometry) -> None:
+        client = self.pick(number)
+        if client is None:
+            return
+        seen = self.books.tokens.get(name, 0)
+        try:
+            lease, _ = self.books.open_arena(client, name, geometry, request=1)
+        except (FencedError, BusyError, BudgetError):
+            return
+        assert self.books.clients[client].fencing_token >= seen
+        if lease is not None:
+            self.note(self.books.arenas[name], lease)
+
+    @precondition(lambda self: self.writes)
+    @rule(number=clients)
+    def release(self, number: int) -> None:
+        lease_id = sorted(self.writes)[number % len(self.writes)]
+        client = self.writes[lease_id][0]
+        if self.books.clients[client].connected:
+            del self.writes[lease_id]
+            arena = self.books.release_arena(lease_id, client)
+            if arena.waiter is not None:
+                self.grant(arena)
+
+    @rule(name=names)
+    def drop_arena(self, name: str) -> None:
+        with contextlib.suppress(NotFoundError, BusyError):
+            self.books.drop_arena(name)
+
+    @precondition(lambda self: self.writes)
+    @rule(
+        number=clients,
+        slot=st.integers(-1, 3),
+        first=st.integers(0, 3),
+        granules=st.lists(st.integers(-1, 25), max_size=5),
+    )
+    def map(self, number: int, slot: int, first: int, granules: list[int]) -> None:
+        lease_id = sorted(self.writes)[number % len(self.writes)]
+        arena = self.books.arena_of(lease_id, self.writes[lease_id][0])
+        with contextlib.suppress(ProtocolError):
+            self.books.map(arena, slot, first, granules)
+            assert set(granules) <= self.writes[lease_id][1]
+
+    @precondition(lambda self: self.writes)
+    @rule(number=clients, slot=st.integers(0, 3), first=st.integers(0, 3))
+    def unmap_and_claim(self, number: int, slot: int, first: int) -> None:
+        lease_id = sorted(self.writes)[number % len(self.writes)]
+        arena = self.books.arena_of(lease_id, self.writes[lease_id][0])
+        with contextlib.suppress(HbmError):
+            self.books.unmap(arena, slot, first)
+            self.books.claim(arena, slot, f"r{number}")
+
+    @invariant()
+    def books_prove_themselves(self) -> None:
+        assert self.books.check() == []
+
+    @invariant()
+    def nothing_within_reach_is_reassigned(self) -> None:
+        owner_of = self.books.owner_of
+        for _client, granules, owner_id in [*self.writes.values(), *self.reads]:
+            assert {owner_of[granule] for granule in granules} == {owner_id}
+        writers = [(granules, owner_id) for _client, granules, owner_id in self.writes.values()]
+        assert len({owner_id for _, owner_id in writers}) == len(writers), "two writers of one arena"
+
+
+def granules_of(weight_set: WeightSet) -> frozenset[int]:
+    return frozenset(granule for segment in weight_set.segments.values() for granule in ids_of(segment.extents))
+
+
+TestAnyHistory = AnyHistory.TestCase
+TestAnyHistory.settings = settings(max_examples=60, stateful_step_count=40)
