@@ -104,7 +104,7 @@ def _add_inference(app: FastAPI, parts: Parts) -> None:
         ticket = Ticket(parts.admission, choices_of(request))
         try:
             prepared = await prepare_completion(request, tokenizer=parts.tokenizer, limits=await parts.pool.limits())
-            generation = _generation(parts, "cmpl", prepared, ticket)
+            generation = _generation(parts, "cmpl", prepared, ticket, stream=bool(request.stream))
             usage = _wants_usage(request)
             renderer = CompletionRenderer(
                 generation,
@@ -118,7 +118,7 @@ def _add_inference(app: FastAPI, parts: Parts) -> None:
         except BaseException:
             ticket.release(served=False)
             raise
-        return GenerationResponse(generation, renderer, stream=bool(request.stream), include_usage=usage)
+        return GenerationResponse(generation, renderer, include_usage=usage)
 
     @app.post(
         "/v1/chat/completions",
@@ -133,24 +133,24 @@ def _add_inference(app: FastAPI, parts: Parts) -> None:
         ticket = Ticket(parts.admission, choices_of(request))
         try:
             prepared = await prepare_chat(request, tokenizer=parts.tokenizer, limits=await parts.pool.limits())
-            generation = _generation(parts, "chatcmpl", prepared, ticket)
-            usage, stream = _wants_usage(request), bool(request.stream)
+            generation = _generation(parts, "chatcmpl", prepared, ticket, stream=bool(request.stream))
+            usage = _wants_usage(request)
             renderer = ChatRenderer(
                 generation,
                 tokenizer=parts.tokenizer,
                 model_id=parts.model_id,
                 fingerprint=parts.fingerprint,
                 logprobs=bool(request.logprobs),
-                stream=stream,
+                stream=bool(request.stream),
                 usage=usage,
             )
         except BaseException:
             ticket.release(served=False)
             raise
-        return GenerationResponse(generation, renderer, stream=stream, include_usage=usage)
+        return GenerationResponse(generation, renderer, include_usage=usage)
 
 
-def _generation(parts: Parts, prefix: str, prepared: Prepared, ticket: Ticket) -> Generation:
+def _generation(parts: Parts, prefix: str, prepared: Prepared, ticket: Ticket, *, stream: bool) -> Generation:
     return Generation(
         request_id=f"{prefix}-{secrets.token_hex(12)}",
         prepared=prepared,
@@ -158,6 +158,7 @@ def _generation(parts: Parts, prefix: str, prepared: Prepared, ticket: Ticket) -
         pool=parts.pool,
         metrics=parts.metrics,
         ticket=ticket,
+        stream=stream,
     )
 
 

@@ -62,7 +62,9 @@ class Generation:
         pool: WorkerPool,
         metrics: GatewayMetrics,
         ticket: Ticket,
+        stream: bool,
     ) -> None:
+        self.stream = stream
         self.request_id = request_id
         self.created = int(time.time())
         self.outputs: list[ChoiceOutput] = []
@@ -84,6 +86,7 @@ class Generation:
                     metrics=metrics,
                     arrived_s=ticket.arrived_s,
                     wake=self._woken.set,
+                    stream=stream,
                     discard=prepared.discard_output,
                 )
                 self.outputs.append(output)

@@ -52,6 +52,7 @@ class WorkerLink:
         self.connected = False
         self.problem = "not connected yet"
         self.reconnects = 0
+        self._useful = False  # in this session the worker said more than Welcome
         self._hello = hello
         self._model_id = model_id
         self._events = events
@@ -76,7 +77,7 @@ class WorkerLink:
     async def _keep_open(self) -> None:
         failures = 0
         while True:
-            self.problem = "the worker closed the stream"
+            self.problem, self._useful = "the worker closed the stream", False
             try:
                 await self._session()
             except (OSError, TimeoutError, FrameError, LinkProblemError, ValueError) as error:
@@ -84,8 +85,8 @@ class WorkerLink:
                 if failures in (0, 8):
                     log.warning("worker %s at %s: %s", self.worker_id, self.target.address, self.problem)
             finally:
-                was_connected = self._hang_up()
-            failures = 0 if was_connected else failures + 1
+                self._hang_up()
+            failures = 0 if self._useful else failures + 1
             await asyncio.sleep(pause_s(failures))
 
     async def _session(self) -> None:
@@ -114,6 +115,7 @@ class WorkerLink:
         return answer
 
     def _handle(self, frame: object) -> None:
+        self._useful = True
         if isinstance(frame, StepOutput):
             self._events.on_step(self, frame)
         elif isinstance(frame, Stats):
@@ -123,7 +125,7 @@ class WorkerLink:
         else:
             raise FrameError(f"{type(frame).__name__} after the greeting")
 
-    def _hang_up(self) -> bool:
+    def _hang_up(self) -> None:
         was_connected, self.connected = self.connected, False
         if self._writer is not None:
             self._writer.close()
@@ -132,4 +134,3 @@ class WorkerLink:
         if was_connected:
             log.warning("worker %s is gone: %s", self.worker_id, self.problem)
             self._events.on_down(self)
-        return was_connected

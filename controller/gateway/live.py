@@ -36,7 +36,7 @@ class LiveChoice:
     """One choice of one request, from its arrival to its last token. `worker_id` None: it waits for a worker."""
 
     __slots__ = (
-        "choice_index", "emitted_token_ids", "has_prompt_logprobs", "params", "prompt_token_ids",
+        "choice_index", "emitted_token_ids", "has_prompt_logprobs", "lost_workers", "params", "prompt_token_ids",
         "request_id", "sequence", "sink", "worker_id",
     )  # fmt: skip
 
@@ -56,6 +56,7 @@ class LiveChoice:
         self.sink = sink
         self.emitted_token_ids: list[int] = []
         self.has_prompt_logprobs = False
+        self.lost_workers = 0  # since the last new token
         self.worker_id: str | None = None
         self.sequence = 0
 
@@ -77,6 +78,7 @@ class LiveChoice:
         if token.output_index > expected:
             raise ValueError(f"output {token.output_index} of {self.request_id} came before output {expected}")
         self.emitted_token_ids.append(token.token_id)
+        self.lost_workers = 0
         return True
 
     def known_end(self) -> str | None:
@@ -137,6 +139,7 @@ class LiveTable:
         lost = list(self._of_worker.pop(worker_id, {}).values())
         for choice in lost:
             choice.worker_id = None
+            choice.lost_workers += 1
             bisect.insort(self._waiting, choice, key=lambda waiting: waiting.sequence)
         return lost
 

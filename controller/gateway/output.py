@@ -36,7 +36,8 @@ class Delta:
 
 
 class ChoiceOutput:
-    """`wake` is called whenever there may be something new to take. discard: the client wants no output token (max_tokens 0)."""
+    """`wake` is called whenever there may be something new to take; with stream=False only at the end. discard: the client wants
+    no output token (max_tokens 0)."""
 
     def __init__(
         self,
@@ -48,6 +49,7 @@ class ChoiceOutput:
         metrics: GatewayMetrics,
         arrived_s: float,
         wake: Callable[[], None],
+        stream: bool = True,
         discard: bool = False,
     ) -> None:
         self.index = index
@@ -67,6 +69,7 @@ class ChoiceOutput:
         self._metrics = metrics
         self._arrived_s = arrived_s
         self._wake = wake
+        self._stream = stream
         self._discard = discard
         self._stop_token: TokenOutput | None = None
         self._text: list[str] = []
@@ -120,7 +123,8 @@ class ChoiceOutput:
         if self._scanner.stopped:
             self._finish("stop")
             return True
-        self._wake()
+        if self._stream:
+            self._wake()
         return False
 
     def on_finished(self, reason: str, cached_tokens: int) -> None:

@@ -21,6 +21,9 @@ from flexpert.workers.messages import Cancel, Failed, Hello, StepOutput, Welcome
 
 log = logging.getLogger("flexpert.gateway")
 
+# A request that kills whoever takes it must end some time. Far beyond any number of deaths that has another cause.
+_LOST_WORKERS_MAX = 20
+
 
 class WorkerPool:
     """Must be made and called on one running loop. Implements LinkEvents."""
@@ -208,6 +211,11 @@ class WorkerPool:
         lost = self.live.take_back(worker_id)
         if lost:
             log.warning("%d requests of worker %s wait for a worker again", len(lost), worker_id)
+        for choice in lost:
+            if choice.lost_workers >= _LOST_WORKERS_MAX:
+                log.error("%s is given up: it lost %d workers without a token", choice.request_id, choice.lost_workers)
+                self.live.remove(choice.request_id)
+                choice.sink.on_failed(internal_error(f"{choice.lost_workers} workers in a row died with this request."))
 
     def _drop(self, worker_id: str) -> None:
         link = self._links.pop(worker_id)

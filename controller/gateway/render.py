@@ -18,6 +18,8 @@ from flexpert.controller.gateway.tokenizer import ModelTokenizer
 DONE = b"data: [DONE]\n\n"
 # JSON has no infinities; OpenAI's API says -9999.0 for a token that cannot be drawn.
 _LEAST_LOGPROB = -9999.0
+# Line ends to Python's str.splitlines and JavaScript, but not to the standard of server-sent events.
+_LINE_ENDS = (("\u2028".encode(), b"\\u2028"), ("\u2029".encode(), b"\\u2029"), ("\x85".encode(), b"\\u0085"))
 _encode = msgspec.json.Encoder().encode
 
 
@@ -54,6 +56,14 @@ class _Shape:
         }
         self.head = b"data: " + _encode(self.fields)[:-1] + b',"choices":['
         self.tail = b'],"usage":null}\n\n' if usage_null else b"]}\n\n"
+
+    def chunk(self, choice: bytes) -> bytes:
+        """One event with one choice. Characters that some clients take for line ends are escaped."""
+        data = self.head + choice + self.tail
+        for character, escaped in _LINE_ENDS:
+            if character in data:
+                data = data.replace(character, escaped)
+        return data
 
     def usage_event(self, generation: Generation) -> bytes:
         return event(_encode(self.fields | {"choices": [], "usage": generation.usage.fields()}))
@@ -98,7 +108,7 @@ class ChatRenderer:
         scores = b"null" if entries is None or not self._logprobs else _encode(self._scores(entries))
         reason = b"null" if finish_reason is None else _encode(finish_reason)
         choice = b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}' % (index, delta, scores, reason)
-        return self._shape.head + choice + self._shape.tail
+        return self._shape.chunk(choice)
 
     def _choice(self, output: ChoiceOutput) -> dict[str, Any]:
         delta = output.take()
@@ -168,7 +178,7 @@ class CompletionRenderer:
         logprobs = b"null" if scores is None else _encode(scores)
         reason = b"null" if finish_reason is None else _encode(finish_reason)
         choice = b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (index, _encode(text), logprobs, reason)
-        return self._shape.head + choice + self._shape.tail
+        return self._shape.chunk(choice)
 
     def _choice(self, output: ChoiceOutput) -> dict[str, Any]:
         delta = output.take()

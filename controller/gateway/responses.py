@@ -34,18 +34,17 @@ def error_response(error: ApiError) -> Response:
 class GenerationResponse(Response):
     """An ASGI answer. Not sent through StreamingResponse: one task watches the client, the other writes what is there."""
 
-    def __init__(self, generation: Generation, renderer: Renderer, *, stream: bool, include_usage: bool) -> None:
+    def __init__(self, generation: Generation, renderer: Renderer, *, include_usage: bool) -> None:
         super().__init__()
         self._generation = generation
         self._renderer = renderer
-        self._stream = stream
         self._include_usage = include_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.create_task(self._watch(receive))
         try:
             self._generation.start()
-            if self._stream:
+            if self._generation.stream:
                 await self._send_stream(scope, receive, send)
             else:
                 await self._send_whole(scope, receive, send)

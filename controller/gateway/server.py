@@ -30,7 +30,9 @@ from flexpert.controller.gateway.tokenizer import ModelTokenizer
 log = logging.getLogger("flexpert.gateway")
 
 _BACKLOG = 2048
+# After the drain: for the last bytes to reach slow clients, then for connections that never finished their request.
 _LAST_WORDS_S = 5.0
+_HANG_UP_S = 1
 
 
 class _Server(uvicorn.Server):
@@ -75,6 +77,8 @@ class Gateway:
             log_config=None,
             access_log=False,
             lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=_HANG_UP_S,
             timeout_keep_alive=75,
             server_header=False,
         )
@@ -149,8 +153,11 @@ class Gateway:
 
 def _bind(host: str, port: int) -> socket.socket:
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        # With its protocol named: asyncio turns Nagle's algorithm off only then, and a first byte would wait 40 ms otherwise.
+        family, kind, protocol, _, _ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+        sock = socket.socket(family, kind, protocol)
     except OSError as error:
         raise GatewayError(
             f"host {host!r} cannot be served on: {error}; expected an address of this machine, e.g. 127.0.0.1"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from tokenizers import Tokenizer
@@ -47,6 +49,16 @@ def test_stream_concatenates_to_the_whole_text(client: openai.OpenAI, worker: An
     assert all("\ufffd" not in chunk.choices[0].text for chunk in chunks)
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["length"]
     assert len({(chunk.id, chunk.created, chunk.model, chunk.object) for chunk in chunks}) == 1
+
+
+def test_stream_survives_clients_that_split_lines_generously(shared: Any, worker: Any, vocabulary: Tokenizer) -> None:
+    text = "a\u2028b\u2029c\x85d\u2028\ne"
+    reply_with(worker, vocabulary.encode(text).ids)
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 90, "stream": True, "logprobs": 0}
+    with httpx.stream("POST", f"{shared.gateways[0].url}/v1/completions", json=body) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]  # splits like str.splitlines
+    assert lines[-1] == "[DONE]"
+    assert "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1]) == text
 
 
 def test_stop_token_ends_the_text_and_is_not_shown(client: openai.OpenAI, worker: Any, vocabulary: Tokenizer) -> None:

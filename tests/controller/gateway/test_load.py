@@ -207,6 +207,17 @@ def test_stop_ends_requests_that_wait_for_a_first_worker(harness: Any, make_clie
     stopping.join(20)
 
 
+def test_stop_does_not_wait_for_a_request_that_never_ends(harness: Any) -> None:
+    gateway = harness.gateway(wait=False, drain_timeout_s=0.05)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
+    with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
+        connection.sendall(head)
+        harness.ask_until(lambda: gateway._server.server_state.tasks)
+        harness.run(gateway.drain_and_stop())
+        while connection.recv(4096):  # until the gateway hung up
+            pass
+
+
 def test_retry_after_follows_the_measured_rate() -> None:
     steady = [float(second) for second in range(30, 61)]  # one a second
     assert retry_after_s(finishes_s=steady, queued=8, now_s=60.0) == 1

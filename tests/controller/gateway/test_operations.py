@@ -214,6 +214,16 @@ def test_port_in_use_is_a_clear_error(harness: Any) -> None:
             harness.gateway(port=port, wait=False)
 
 
+def test_answers_are_not_held_back_by_the_kernel(harness: Any) -> None:
+    """Nagle's algorithm would hold a body for 40 ms after its header."""
+    gateway = harness.gateway(wait=False)
+    with socket.create_connection(("127.0.0.1", gateway.port)):
+        connections = gateway._server.server_state.connections
+        harness.ask_until(lambda: connections)
+        (accepted,) = connections
+        assert accepted.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_host_of_another_machine_is_a_clear_error(harness: Any) -> None:
     with pytest.raises(GatewayError, match=re.escape("port 0 on 203.0.113.1 cannot be bound")):
         harness.gateway(host="203.0.113.1", wait=False)

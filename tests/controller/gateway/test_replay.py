@@ -84,6 +84,19 @@ def test_death_after_the_last_token_finishes_the_request(
     assert len(worker.submits) == 2
 
 
+def test_request_that_kills_every_worker_is_given_up(client: openai.OpenAI, worker: Any, harness: Any) -> None:
+    def deadly(_submit: Any) -> list[int]:
+        worker.die_after_steps = 1
+        return []
+
+    worker.hold_finished = True
+    worker.reply = deadly
+    with pytest.raises(openai.InternalServerError, match="20 workers in a row died"):
+        client.completions.create(model=MODEL, prompt="x")
+    worker.reset()
+    assert client.completions.create(model=MODEL, prompt="x").choices[0].finish_reason == "length"
+
+
 def test_prompt_logprobs_are_asked_for_once(client: openai.OpenAI, worker: Any, vocabulary: Tokenizer) -> None:
     worker.die_after_steps = 2
     answer = client.completions.create(model=MODEL, prompt="one two", echo=True, logprobs=1)
