@@ -15,6 +15,7 @@ import secrets
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 WATCH_S = 0.25
 CONTROLLER_RESTART_S = 30.0
 END_GRACE_S = 3.0
+SAME_SIGNAL_S = 0.5
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -93,6 +95,7 @@ class _Up:
     def __init__(self, options: UpOptions, runtime: RuntimeDir, screen: Screen) -> None:
         self._options, self._runtime, self._screen = options, runtime, screen
         self._stop_asked = asyncio.Event()
+        self._stop_asked_at_s = 0.0
         self._hurry = asyncio.Event()
         self._ray: Any = None
         self._controller: Any = None
@@ -185,8 +188,13 @@ class _Up:
             admin.close()
 
     def _on_signal(self) -> None:
+        """The first asks for an orderly end, a later one for an end at once; some tools send the same signal twice in a row."""
+        now_s = time.monotonic()
         if self._stop_asked.is_set():
-            self._hurry.set()
+            if now_s - self._stop_asked_at_s > SAME_SIGNAL_S:
+                self._hurry.set()
+            return
+        self._stop_asked_at_s = now_s
         self._stop_asked.set()
 
     async def _follow(self) -> None:

@@ -108,6 +108,10 @@ class Cluster:
     def worker(self) -> dict[str, Any]:
         return dict(self.status()["workers"][0])
 
+    def worker_if_any(self) -> dict[str, Any] | None:
+        """The worker that serves now, if one does."""
+        return next((worker for worker in self.status()["workers"] if worker.get("address")), None)
+
     def client(self, **options: Any) -> Any:
         import openai
 

@@ -1,0 +1,267 @@
+"""A cluster as a user has it: `flexpert up` in a process of its own, HTTP clients, and processes that are killed while it serves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexpert.controller.processes import ProcessId
+from tests.cli.harness import Cluster, flexpert, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+TOKENS = 160
+GREEDY = {"temperature": 0.0}
+SEEDED = {"temperature": 1.0, "seed": 20, "top_p": 0.95}
+
+
+def stream_tokens(
+    client: Any, *, after: int = -1, then: Callable[[], None] | None = None, **sampling: Any
+) -> list[str]:
+    """The tokens of one streamed completion; `then` is called once `after` tokens have come."""
+    tokens: list[str] = []
+    chunks = client.completions.create(
+        model="tiny-qwen3-moe", prompt="Once upon a time", max_tokens=TOKENS, stream=True, logprobs=1,
+        extra_body={"ignore_eos": True}, **sampling,
+    )  # fmt: skip
+    for chunk in chunks:
+        if chunk.choices and chunk.choices[0].logprobs is not None:
+            tokens += chunk.choices[0].logprobs.tokens
+        if then is not None and len(tokens) >= after:
+            then()
+            then = None
+    return tokens
+
+
+def events(cluster: Cluster, kind: str) -> list[dict[str, Any]]:
+    done = flexpert(cluster.runtime, "events", "--json")
+    return [event for line in done.stdout.splitlines() if (event := json.loads(line))["kind"] == kind]
+
+
+def test_printed_curl_line_works_as_pasted(cluster: Cluster) -> None:
+    [line] = re.findall(r"^ +(curl .*)$", cluster.text, re.MULTILINE)
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, check=True)
+    answer = json.loads(done.stdout)
+    assert answer["object"] == "chat.completion"
+    assert answer["usage"]["completion_tokens"] >= 1
+
+
+def test_openai_client_is_served_and_a_wrong_key_is_not(cluster: Cluster) -> None:
+    import openai
+
+    client = cluster.client()
+    assert [model.id for model in client.models.list()] == ["tiny-qwen3-moe"]
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="wrong").models.list()
+
+
+def test_status_tells_model_worker_and_memory(cluster: Cluster) -> None:
+    status = cluster.status()
+    assert status["ready"]
+    assert status["model"] == "tiny-qwen3-moe"
+    assert status["workers"][0]["device"] == "cpu"
+    assert status["manager"]["budget_bytes"] == 1 << 30
+    assert status["up"]["pid"] == cluster.process.pid
+    shown = flexpert(cluster.runtime, "status")
+    assert "worker-0" in shown.stdout
+    checked = flexpert(cluster.runtime, "hbm", "check")
+    assert (checked.returncode, "all is well" in checked.stdout) == (0, True), checked.stderr
+
+
+def test_everything_written_is_for_the_user_alone(cluster: Cluster) -> None:
+    files = [path for path in cluster.runtime.rglob("*") if not path.is_dir()]
+    assert {"state.json", "controller.json", "events.jsonl", "admin.sock", "up.log"} <= {path.name for path in files}
+    others = [path for path in files if path.lstat().st_mode & 0o077 and not path.name.startswith("device-0")]
+    assert others == []
+
+
+def test_second_up_of_that_name_is_refused_and_harms_nothing(cluster: Cluster, tiny_model: Path) -> None:
+    done = flexpert(cluster.runtime, "up", str(tiny_model), "--port", "0")
+    assert (done.returncode, "runs already" in done.stderr) == (3, True), done.stderr
+    assert cluster.client().models.list().data
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_stream_goes_on_exactly_when_its_worker_is_killed(cluster: Cluster, sampling: dict[str, Any]) -> None:
+    client = cluster.client()
+    expected = stream_tokens(client, **sampling)
+    assert len(expected) == TOKENS
+    before, worker = cluster.status(), cluster.worker()
+    tokens = stream_tokens(client, after=20, then=lambda: os.kill(worker["pid"], signal.SIGKILL), **sampling)
+    assert tokens == expected
+    after, replacement = cluster.status(), cluster.worker()
+    assert replacement["pid"] != worker["pid"]
+    assert replacement["incarnation"] > worker["incarnation"]
+    assert after["manager"]["pid"] == before["manager"]["pid"]
+    assert not replacement["weights_loaded"], "the weights of the dead worker are mapped, not loaded again"
+    assert events(cluster, "replaced")
+
+
+def test_two_deaths_in_a_row_lose_nothing(cluster: Cluster) -> None:
+    """The second death comes as soon as the replacement serves, mostly before a new standby is warm."""
+    client = cluster.client()
+    expected = stream_tokens(client, **GREEDY)
+    first = cluster.worker()["pid"]
+
+    def kill_twice() -> None:
+        os.kill(first, signal.SIGKILL)
+        second = wait_until(
+            lambda: (w := cluster.worker_if_any()) and w["pid"] != first and w["pid"], what="replacement", timeout_s=90
+        )
+        os.kill(second, signal.SIGKILL)
+
+    assert stream_tokens(client, after=20, then=kill_twice, **GREEDY) == expected
+
+
+def test_dead_gateway_is_replaced_on_the_same_port(cluster: Cluster) -> None:
+    import openai
+
+    worker, gateway = cluster.worker(), cluster.status()["gateway"]
+    os.kill(gateway["pid"], signal.SIGKILL)
+
+    def served() -> Any:
+        try:
+            return cluster.client().completions.create(model="tiny-qwen3-moe", prompt="Hello", max_tokens=4)
+        except openai.APIConnectionError:
+            return None
+        except openai.InternalServerError as error:  # listening, and not yet told of the worker
+            assert error.status_code == 503
+            return None
+
+    assert wait_until(served, what="served by the next gateway", timeout_s=60).usage.completion_tokens >= 1
+    assert cluster.worker()["pid"] == worker["pid"], "the worker is none the wiser"
+
+
+def test_dead_controller_is_restarted_and_requests_do_not_notice(cluster: Cluster) -> None:
+    client, status = cluster.client(), cluster.status()
+    expected = stream_tokens(client, **GREEDY)
+    tokens = stream_tokens(
+        client, after=20, then=lambda: os.kill(status["controller"]["pid"], signal.SIGKILL), **GREEDY
+    )
+    assert tokens == expected
+    again = cluster.status()
+    assert again["controller"]["pid"] != status["controller"]["pid"]
+    assert again["workers"][0]["pid"] == status["workers"][0]["pid"]
+    assert again["gateway"]["pid"] == status["gateway"]["pid"]
+    os.kill(again["workers"][0]["pid"], signal.SIGKILL)
+    wait_until(
+        lambda: (found := cluster.worker_if_any()) and found["pid"] != status["workers"][0]["pid"],
+        what="the new controller replaces a dead worker", timeout_s=90,
+    )  # fmt: skip
+
+
+def test_dead_node_agent_is_replaced_and_adopts_the_manager(cluster: Cluster) -> None:
+    before = cluster.status()["manager"]
+    os.kill(before["agent_pid"], signal.SIGKILL)
+
+    def adopted() -> dict[str, Any] | None:
+        found = cluster.status()["manager"]
+        return found if found.get("agent_pid", before["agent_pid"]) != before["agent_pid"] else None
+
+    assert wait_until(adopted, what="a new node agent", timeout_s=60)["pid"] == before["pid"]
+    assert stream_tokens(cluster.client(), **GREEDY)
+
+
+def test_dead_manager_is_replaced_and_the_weights_are_loaded_again(cluster: Cluster) -> None:
+    expected = stream_tokens(cluster.client(), **GREEDY)
+    pid = cluster.status()["manager"]["pid"]
+    os.kill(pid, signal.SIGKILL)
+    wait_until(
+        lambda: (status := cluster.status())["ready"] and status["manager"].get("pid", pid) != pid and status["workers"],
+        what="a new manager and worker", timeout_s=90,
+    )  # fmt: skip
+    assert stream_tokens(cluster.client(), **GREEDY) == expected
+
+
+def test_up_killed_leaves_nothing_running_and_the_next_adopts_the_memory(runtime: Path, tiny_model: Path) -> None:
+    cluster = Cluster.up(runtime, tiny_model).wait_ready()
+    status = cluster.status()
+    others = [
+        ProcessId.of(pid)
+        for pid in (status["controller"]["pid"], status["gateway"]["pid"], status["workers"][0]["pid"])
+    ]
+    cluster.process.kill()
+    cluster.process.wait(30)
+    manager = ProcessId.of(status["manager"]["pid"])
+    assert manager is not None
+    again = Cluster.up(runtime, tiny_model).wait_ready()
+    try:
+        assert all(process is None or process.wait(10) for process in others)
+        now = again.status()
+        assert now["manager"]["pid"] == manager.pid
+        assert not now["workers"][0]["weights_loaded"]
+        assert now["workers"][0]["incarnation"] > status["workers"][0]["incarnation"]
+        expected = drained_stream(again)
+        assert len(expected) == TOKENS
+        assert again.process.wait(60) == 0
+        assert manager.wait(10), "down ends the manager too"
+        assert not (runtime / "default" / "state.json").exists()
+        assert again._closed.wait(10), "nothing holds the output of up any more"
+    finally:
+        again.end()
+
+
+def drained_stream(cluster: Cluster) -> list[str]:
+    """Tokens of a stream during which `flexpert down` is run."""
+    down: list[threading.Thread] = []
+
+    def run_down() -> None:
+        down.append(threading.Thread(target=lambda: codes.append(flexpert(cluster.runtime, "down").returncode)))
+        down[0].start()
+        wait_until(lambda: "draining" in cluster.text, what="draining")
+
+    codes: list[int] = []
+    tokens = stream_tokens(cluster.client(), after=20, then=run_down, **GREEDY)
+    down[0].join(60)
+    assert codes == [0]
+    return tokens
+
+
+def test_down_after_up_was_killed_ends_the_manager_too(runtime: Path, tiny_model: Path) -> None:
+    cluster = Cluster.up(runtime, tiny_model, "--standby", "0").wait_ready()
+    manager = ProcessId.of(cluster.status()["manager"]["pid"])
+    assert manager is not None
+    cluster.process.kill()
+    cluster.process.wait(30)
+    assert manager.alive
+    done = flexpert(runtime, "down")
+    assert (done.returncode, "HBM manager" in done.stdout) == (0, True), done.stdout + done.stderr
+    assert not manager.alive
+    assert flexpert(runtime, "down").stdout == "no cluster named 'default' runs\n"
+
+
+def test_model_that_cannot_be_served_ends_up_with_the_reason(runtime: Path, tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    done = flexpert(runtime, "up", str(tmp_path), "--port", "0", "--device", "cpu", "--memory", "256MiB")
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert "error: " in done.stderr
+    assert "gpt2" in done.stderr.lower()
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (["--memory", "256KiB"], 7),
+        (["--memory", "64MiB", "--kv-memory", "256KiB"], 7),
+        (["--max-context", "1000000"], 2),
+    ],
+    ids=["weights", "kv", "context"],
+)
+def test_settings_that_cannot_work_end_up_with_the_reason(
+    runtime: Path, tiny_model: Path, options: list[str], code: int
+) -> None:
+    done = flexpert(runtime, "up", str(tiny_model), "--port", "0", "--device", "cpu", *options)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "error: " in done.stderr
+    assert not (runtime / "default" / "state.json").exists()
