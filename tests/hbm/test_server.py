@@ -1,0 +1,65 @@
+"""The server without a process around it, where the order of events matters."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flexpert.hbm import messages, wire
+from flexpert.hbm.host import HostBackend
+from flexpert.hbm.loop import EventLoop
+from flexpert.hbm.server import Server
+
+
+@pytest.fixture
+def listener(runtime_dir: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.bind(os.fspath(runtime_dir / "s"))
+        sock.listen()
+        yield sock
+
+
+def test_what_a_client_sent_counts_even_where_its_exit_is_noticed_first(listener: socket.socket) -> None:
+    server = Server(EventLoop(), HostBackend(), listener, num_granules=8, max_descriptors=256)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.connect(listener.getsockname())
+        server._on_listener(0)
+        [connection] = server._connections.values()
+        sock.sendall(
+            wire.encode(messages.Hello(1, messages.PROTOCOL_VERSION, "c", 1))
+            + wire.encode(messages.OpenArena(2, "kv", 1, 4, 4))
+            + wire.encode(messages.Apply(2, [messages.ClaimOp(0, "r"), messages.MapOp(0, 0, [1])]))
+        )
+        server._on_exit(connection)
+    books = server.manager.books
+    [slot] = books.arenas["kv"].table
+    assert (slot.request_id, slot.granules) == ("r", [1])
+    assert (books.arenas["kv"].lease, books.clients, server._connections) == (None, {}, {})
+    assert books.check() == []
+    server.close()
+
+
+def test_a_drop_and_an_exit_in_one_round_are_one_end(listener: socket.socket) -> None:
+    server = Server(EventLoop(), HostBackend(), listener, num_granules=8, max_descriptors=256)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.connect(listener.getsockname())
+        server._on_listener(0)
+        [connection] = server._connections.values()
+        sock.sendall(
+            wire.encode(messages.Hello(1, messages.PROTOCOL_VERSION, "c", 1))
+            + wire.encode(messages.OpenArena(2, "kv", 1, 4, 4))
+            + b"\xff" * 50
+        )
+        server._on_socket(connection, 1)
+        assert connection.closed
+        [arena] = server.manager.books.arenas.values()
+        assert arena.lease is not None
+        assert arena.lease.ending
+        server._on_exit(connection)
+    assert arena.lease is None
+    assert server.manager.books.check() == []
+    server.close()
