@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -44,6 +44,7 @@ class GatewayMetrics:
     def __init__(
         self, *, live: Callable[[], int], waiting: Callable[[], int], links: Callable[[], Iterable[WorkerLink]]
     ) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         self.ttft = self._histogram(
             "ttft_seconds", "Arrival of a request to the first token of a choice.", _TTFT_BUCKETS_S
