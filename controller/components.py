@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -85,14 +86,19 @@ class Components:
         self._tell("manager", f"HBM manager {verb} (pid {answer['pid']})", seconds=time.monotonic() - began_s, **answer)
         self._send(AgentReady())
 
-    def spawn_process(self, name: str) -> None:
-        self._background(self._spawn_process(name))
+    def spawn_process(self, name: str, *, urgent: bool) -> None:
+        self._background(self._spawn_process(name, urgent))
 
-    async def _spawn_process(self, name: str) -> None:
-        environment = {"OMP_NUM_THREADS": str(self.spec.threads), "TOKENIZERS_PARALLELISM": "false"}
+    async def _spawn_process(self, name: str, urgent: bool) -> None:
+        # Ray sets OMP_NUM_THREADS for actors. Waiting threads must sleep: where cores are shared, spinning ones cost ten times the time.
+        environment = {
+            "OMP_NUM_THREADS": str(self.spec.threads),
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         actor = ray_cluster.create_actor(WorkerActor, self._name(name), {"environment": environment, **self._log(name)})
         self._keep(name, actor)
-        answer = await ray_cluster.call(actor, "warm", str(self.spec.model_dir), self.spec.device)
+        answer = await ray_cluster.call(actor, "warm", str(self.spec.model_dir), self.spec.device, urgent)
         if not self._refused(name, answer):
             self._tell("warm", f"{name} is warm (pid {answer['pid']})", seconds=answer["warm_s"], process=name)
             self._send(ProcessWarm(name))

@@ -168,8 +168,8 @@ class Controller:
         match order:
             case StartAgent():
                 self._components.start_agent()
-            case SpawnProcess(process):
-                self._components.spawn_process(process)
+            case SpawnProcess(process, urgent):
+                self._components.spawn_process(process, urgent=urgent)
             case AssignWorker():
                 self._components.assign_worker(order)
             case KillProcess(process):

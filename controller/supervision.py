@@ -150,6 +150,7 @@ class Supervision:
                 if process in self._processes:
                     self._expect(self._processes[process].phase == "spawning", event)
                     self._processes[process].phase = "warm"
+                    self._trouble_of(SPARE).start_failures, self._trouble_of(SPARE).was_ready = 0, True
             case WorkerReady(process, address):
                 if process in self._processes:
                     self._expect(self._processes[process].phase == "starting", event)
@@ -229,9 +230,8 @@ class Supervision:
         trouble.ready_at_s = None
         trouble.failures += 1
         trouble.start_failures += not started
-        if not started and (
-            (permanent and not trouble.was_ready) or trouble.start_failures >= self.config.max_start_failures
-        ):
+        hopeless = (permanent and not trouble.was_ready) or trouble.start_failures >= self.config.max_start_failures
+        if hopeless and not started and not self.ready:  # what serves is never ended for want of a spare part
             self.phase = "ended"
             orders.append(GiveUp(component, kind, reason))
             return
@@ -273,9 +273,9 @@ class Supervision:
         wanted = len(vacant) + (self.config.standbys if self.ready and self.phase == "running" else 0)
         while spare < wanted and not self._pausing(SPARE):
             name = f"process-{self._next_process}"
+            orders.append(SpawnProcess(name, urgent=spare < len(vacant)))
             self._next_process, spare = self._next_process + 1, spare + 1
             self._processes[name] = _Process()
-            orders.append(SpawnProcess(name))
 
     def _assign(self, name: str, worker_id: str, orders: list[Instruction]) -> None:
         self._incarnations[worker_id] += 1

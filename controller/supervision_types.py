@@ -107,7 +107,10 @@ class StartAgent:
 
 @dataclass(frozen=True, slots=True)
 class SpawnProcess:
+    """urgent: a worker waits for it; otherwise it is a standby and must not slow those that serve."""
+
     process: str
+    urgent: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,9 @@ import asyncio
 import importlib
 import logging
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from flexpert.workers.process_log import open_process_log
 
 log = logging.getLogger(__name__)
 
+STANDBY_NICE = 10
 WORKER_PROCESS = "flexpert.workers.process:WorkerProcess"
 
 # Which errors of a start are of which kind (exit code and advice), by the name of the class: most live in modules that import torch.
@@ -71,15 +74,22 @@ class WorkerActor:
         self._worker: Any = None
         self._progress = (0, 0)
 
-    async def warm(self, model_dir: str, device: str) -> dict[str, Any]:
-        """Do all that needs no memory of the device manager; returns the process id and the seconds it took."""
+    async def warm(self, model_dir: str, device: str, urgent: bool = True) -> dict[str, Any]:
+        """Do all that needs no memory of the device manager; returns the process id and the seconds it took.
+
+        Not urgent: at a lower priority than those that serve.
+        """
         began_s = time.monotonic()
-        failure = await asyncio.to_thread(self._warm, Path(model_dir), device)
+        with ThreadPoolExecutor(max_workers=1) as thread:  # one of its own: a thread keeps its priority
+            warming = thread.submit(self._warm, Path(model_dir), device, urgent)
+            failure = await asyncio.wrap_future(warming)
         if failure is not None:
             return {"failure": failure.to_json()}
         return {"pid": os.getpid(), "warm_s": time.monotonic() - began_s}
 
-    def _warm(self, model_dir: Path, device: str) -> StartFailure | None:
+    def _warm(self, model_dir: Path, device: str, urgent: bool) -> StartFailure | None:
+        if not urgent:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), STANDBY_NICE)
         try:
             module = importlib.import_module(self._module)
             prepare = getattr(module, "prepare", None)

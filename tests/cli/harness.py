@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -14,6 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from flexpert.cli.admin import ask
+from flexpert.controller.runtime_dir import RuntimeDir
 
 COMMAND = [sys.executable, "-m", "flexpert.cli"]
 START_TIMEOUT_S = 150.0
@@ -101,9 +103,7 @@ class Cluster:
         return re.search(r"API key +(\S+)", self.text)[1]  # type: ignore[index]
 
     def status(self) -> dict[str, Any]:
-        done = flexpert(self.runtime, "status", "--json")
-        assert done.returncode == 0, done.stderr
-        return dict(json.loads(done.stdout))
+        return ask(RuntimeDir(self.runtime / "default"), "status")
 
     def worker(self) -> dict[str, Any]:
         return dict(self.status()["workers"][0])

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cli.harness import Cluster, flexpert, wait_until
 
 from flexpert.controller.processes import ProcessId
-from tests.cli.harness import Cluster, flexpert, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-TOKENS = 160
+TOKENS = 120
 GREEDY = {"temperature": 0.0}
 SEEDED = {"temperature": 1.0, "seed": 20, "top_p": 0.95}
 
@@ -71,8 +71,9 @@ def test_status_tells_model_worker_and_memory(cluster: Cluster) -> None:
     assert status["workers"][0]["device"] == "cpu"
     assert status["manager"]["budget_bytes"] == 1 << 30
     assert status["up"]["pid"] == cluster.process.pid
-    shown = flexpert(cluster.runtime, "status")
-    assert "worker-0" in shown.stdout
+    shown = flexpert(cluster.runtime, "status", "--json")
+    assert json.loads(shown.stdout)["workers"][0]["pid"] == status["workers"][0]["pid"]
+    assert "worker-0   cpu float32" in flexpert(cluster.runtime, "status").stdout
     checked = flexpert(cluster.runtime, "hbm", "check")
     assert (checked.returncode, "all is well" in checked.stdout) == (0, True), checked.stderr
 
@@ -132,9 +133,6 @@ def test_dead_gateway_is_replaced_on_the_same_port(cluster: Cluster) -> None:
         try:
             return cluster.client().completions.create(model="tiny-qwen3-moe", prompt="Hello", max_tokens=4)
         except openai.APIConnectionError:
-            return None
-        except openai.InternalServerError as error:  # listening, and not yet told of the worker
-            assert error.status_code == 503
             return None
 
     assert wait_until(served, what="served by the next gateway", timeout_s=60).usage.completion_tokens >= 1
@@ -246,7 +244,7 @@ def test_model_that_cannot_be_served_ends_up_with_the_reason(runtime: Path, tiny
     done = flexpert(runtime, "up", str(tmp_path), "--port", "0", "--device", "cpu", "--memory", "256MiB")
     assert done.returncode == 5, done.stdout + done.stderr
     assert "error: " in done.stderr
-    assert "gpt2" in done.stderr.lower()
+    assert "cannot be served: none of its layers has experts" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ class PlayedComponents:
     def start_agent(self) -> None:
         self.send(AgentReady())
 
-    def spawn_process(self, name: str) -> None:
+    def spawn_process(self, name: str, *, urgent: bool) -> None:
         self.send(ProcessWarm(name))
 
     def assign_worker(self, order: AssignWorker) -> None:

@@ -89,7 +89,7 @@ def test_standby_takes_over_in_the_same_step() -> None:
     assert not any(isinstance(order, SpawnProcess) for order in orders), (
         "the next standby waits until the worker serves"
     )
-    assert SpawnProcess("process-2") in machine.handle(WorkerReady("process-1", "unix:/w2"), now_s=11)
+    assert SpawnProcess("process-2", urgent=False) in machine.handle(WorkerReady("process-1", "unix:/w2"), now_s=11)
 
 
 def test_gateway_death_restarts_it_and_tells_it_the_workers_again() -> None:
@@ -143,6 +143,18 @@ def test_long_service_forgives_earlier_deaths() -> None:
         assert not any(isinstance(order, Pause) for order in orders)
         machine.handle(ProcessWarm(f"process-{number + 1}"), now_s=now_s)
         machine.handle(WorkerReady(f"process-{number + 1}", "unix:/w"), now_s=now_s)
+
+
+def test_standby_that_cannot_start_never_ends_what_serves() -> None:
+    machine = started(standbys=1, max_start_failures=3)
+    for number in range(1, 10):
+        orders = machine.handle(Failed(f"process-{number}", "model", "checkpoint deleted", True), now_s=number)
+        assert not any(isinstance(order, GiveUp) for order in orders)
+        assert SpawnProcess(f"process-{number + 1}", urgent=False) in machine.handle(PauseOver("standby"), now_s=number)
+    assert machine.ready
+    machine.handle(Died("process-0", "killed"), now_s=20)
+    orders = machine.handle(Failed("process-10", "model", "checkpoint deleted", True), now_s=21)
+    assert orders[-1] == GiveUp("standby", "model", "checkpoint deleted"), "now a worker is missing and cannot be had"
 
 
 def test_lost_manager_takes_its_workers_with_it() -> None:
@@ -213,6 +225,7 @@ class World:
             assert self.told == self.machine.serving
 
     def carry_out(self, order: Instruction) -> None:
+        assert not (isinstance(order, GiveUp) and self.machine.ready), "gave up what serves"
         match order:
             case StartAgent():
                 assert self.agent == "absent"
