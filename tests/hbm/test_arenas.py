@@ -143,6 +143,19 @@ def test_reset_forgets_what_the_last_holder_left(connect: Connect) -> None:
     assert second.committed.tolist() == [0, 0, 0, 0]
 
 
+def test_a_new_claim_never_stands_with_the_old_ones_committed_tokens(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = connect(1)
+    kv = client.open_kv_arena("kv", **SIZE)
+    kv.claim(0, "old", 500)
+    seen = []
+    send = client.send_unanswered
+    monkeypatch.setattr(client, "send_unanswered", lambda message: (seen.append(kv.committed[0]), send(message)))
+    kv.claim(0, "new", 64)
+    assert (seen, kv.committed[0]) == ([0], 64)
+
+
 def test_an_older_token_is_refused(connect: Connect) -> None:
     connect(5).open_kv_arena("kv", **SIZE).close()
     with pytest.raises(FencedError, match="token 4 is older than 5"):

@@ -210,17 +210,30 @@ class AnyHistory(RuleBasedStateMachine):
 
     clients = st.integers(1, 6)
     keys = st.sampled_from(["w"])
-    names = st.sampled_from(["kv", "kv2"])
+    names = st.sampled_from(["kv", "kv", "kv", "kv2"])
 
-    @rule(token=st.integers(0, 4))
-    def connect(self, token: int) -> None:
+    @rule(newer=st.integers(-1, 2))
+    def connect(self, newer: int) -> None:
         self.next_client += 1
+        token = max(0, self.books.tokens.get("kv", 0) + newer)
         self.books.add_client(Client(self.next_client, pid=self.next_client, name="c", fencing_token=token))
         self.alive.add(self.next_client)
 
     def pick(self, number: int) -> int | None:
         connected = sorted(c for c in self.alive if c in self.books.clients and self.books.clients[c].connected)
         return connected[number % len(connected)] if connected else None
+
+    @rule(number=clients)
+    def take_over(self, number: int) -> None:
+        """A new client with a newer token that finds the arena held, and sometimes gives up waiting."""
+        self.connect(1)
+        with contextlib.suppress(BudgetError):
+            lease, _ = self.books.open_arena(self.next_client, "kv", GEOMETRIES[number % 3], request=1)
+            if lease is not None:
+                self.note(self.books.arenas["kv"], lease)
+            elif number == 1:
+                self.alive.discard(self.next_client)
+                assert self.books.client_exited(self.next_client) == []
 
     @rule(number=clients)
     def close_socket(self, number: int) -> None:

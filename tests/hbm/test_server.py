@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from flexpert.hbm import messages, wire
+from flexpert.hbm import GRANULE_BYTES, messages, wire
+from flexpert.hbm.books import Client
 from flexpert.hbm.host import HostBackend
 from flexpert.hbm.loop import EventLoop
 from flexpert.hbm.server import Server
@@ -62,4 +65,28 @@ def test_a_drop_and_an_exit_in_one_round_are_one_end(listener: socket.socket) ->
         server._on_exit(connection)
     assert arena.lease is None
     assert server.manager.books.check() == []
+    server.close()
+
+
+@pytest.mark.parametrize("taker", ["arena", "load"])
+def test_granules_are_zero_the_moment_they_are_handed_on(listener: socket.socket, taker: str) -> None:
+    server = Server(EventLoop(), HostBackend(), listener, num_granules=8, max_descriptors=256)
+    manager = server.manager
+    nbytes = 8 * GRANULE_BYTES
+    descriptor = manager._pool.export(writable=True)
+    with mmap.mmap(descriptor, nbytes) as memory:
+        manager.greet(Client(1, os.getpid(), "c", 1), 1)
+        manager.handle(1, messages.OpenArena(1, "kv", 1, 8, 8))
+        lease = manager.books.arenas["kv"].lease
+        assert lease is not None
+        memory[:] = b"\x77" * nbytes
+        manager.handle(1, messages.ReleaseArena(2, lease.lease_id))
+        manager.handle(1, messages.DropArena(3, "kv"))
+        if taker == "arena":
+            manager.handle(1, messages.OpenArena(4, "other", 1, 8, 8))
+        else:
+            no_copies = msgspec.Raw(msgspec.msgpack.encode([]))
+            manager.handle(1, messages.LoadWeights(4, "w", {"s": nbytes}, b"", no_copies))
+        assert memory[:].count(0) == nbytes
+    os.close(descriptor)
     server.close()

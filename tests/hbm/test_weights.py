@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,7 +26,6 @@ from flexpert.hbm import (
     LoadPlan,
     ManagerHandle,
     NotFoundError,
-    messages,
 )
 
 Connect = Callable[..., HbmClient]
@@ -155,26 +153,6 @@ def test_bytes_that_no_copy_writes_are_zeros_also_in_reused_granules(connect: Co
     memory = bytes(client.map_weights("w").segments["s"].memory())
     assert memory[:100] == b"\xff" * 100
     assert memory.count(0) == len(memory) - 100
-
-
-def test_granules_are_zeroed_before_they_are_handed_on_however_fast_that_is(
-    connect: Connect, manager: ManagerHandle, tmp_path: Path
-) -> None:
-    file = tmp_path / "weights"
-    file.write_bytes(b"\xff" * 100)
-    client = connect(1)
-    used = client.open_kv_arena("kv", slots=1, slot_bytes=256 * GRANULE_BYTES, granules=256)
-    used.map(0, 0, used.granules)
-    used.memory()[:] = b"\x77" * (256 * GRANULE_BYTES)
-    used.close()
-    os.kill(manager.pid, signal.SIGSTOP)
-    client.send_unanswered(messages.DropArena(1 << 40, "kv"))
-    copies = msgspec.Raw(msgspec.msgpack.encode([]))
-    client.send_unanswered(messages.LoadWeights(1 << 41, "w", {"s": 200 * GRANULE_BYTES}, b"", copies))
-    os.kill(manager.pid, signal.SIGCONT)
-    client.load_weights("w", plain_plan(file, 100))
-    memory = bytes(client.map_weights("w").segments["s"].memory())
-    assert memory.count(0) == len(memory)
 
 
 def test_a_missing_file_is_named_and_the_load_can_be_repeated(connect: Connect, tmp_path: Path) -> None:
