@@ -28,6 +28,8 @@ from flexpert.workers.kv_geometry import Grant, KvGeometry, SlotRecord
 from flexpert.workers.prefix import PrefixIndex
 from flexpert.workers.step import CopyTokens, MemoryOp
 
+__all__ = ["Grant", "KvBooks", "KvGeometry", "SlotRecord"]
+
 _CANDIDATES = 8  # how many slots with the same longest prefix are looked at for the best one to reuse
 
 
@@ -212,7 +214,8 @@ class KvBooks:
     def _reuse(self, source: _Slot, request_id: str, reuse: int, total: int) -> _Slot | None:
         """A slot that holds the first `reuse` tokens of `source`, perhaps the source itself; None: compute them again."""
         others = bool(self._free_slots) or self._donors.keys() - {source.index}
-        if self._can_take_over(source, reuse) and (source.committed <= reuse + 1 or not others):
+        loses_nothing = source.committed <= reuse + 1 or source.owner == request_id
+        if self._can_take_over(source, reuse) and (loses_nothing or not others):
             return self._take_over(source, request_id, reuse, total)
         slot = self._fresh_slot(keep=source)
         if slot is not None:

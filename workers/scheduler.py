@@ -27,6 +27,8 @@ from flexpert.workers.messages import Finished, Submit
 from flexpert.workers.request import Request, RequestRejected, check_request
 from flexpert.workers.step import Row, StepPlan
 
+__all__ = ["RequestRejected", "Scheduler", "SchedulerConfig", "SchedulerStats"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
@@ -115,6 +117,11 @@ class Scheduler:
         else:
             self._leave(self._running.pop(request_id))
         return True
+
+    @property
+    def has_work(self) -> bool:
+        """Whether schedule() would return a plan."""
+        return bool(self._waiting or self._running)
 
     def is_live(self, request_id: str) -> bool:
         """Whether the request is waiting or running (and not cancelled)."""

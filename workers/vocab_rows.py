@@ -1,0 +1,155 @@
+"""What sampling does to whole rows of the vocabulary, on the CPU (numpy, one thread) and on a GPU (torch): the costly part.
+
+logits -> integer weights, the largest logits in order, the place of a value, the token at a point of the weights' sum. A row's
+result never depends on its neighbours: elements are computed one by one, and only integers are summed.
+
+On the CPU full-size temporaries live in a Scratch that is kept between steps (fresh pages cost more than the arithmetic), and one
+thread does it all: a barrier between threads costs more than it saves as soon as another process wants a core.
+Called by `workers.sampling` only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from torch import Tensor
+
+# The weight of the most probable token. Tokens less than 2^-30 as probable are never drawn; 2^23 of them sum below 2^53.
+UNIT = 1 << 30
+_BLOCK = 64  # tokens summed together on the way to the one that is drawn
+
+
+class Scratch:
+    """Arrays that are used again and again; one of a name at a time, its content undefined."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, NDArray[Any]] = {}
+
+    def array(self, name: str, shape: tuple[int, int], dtype: DTypeLike) -> NDArray[Any]:
+        size = shape[0] * shape[1]
+        found = self._arrays.get(name)
+        if found is None or found.size < size:
+            found = self._arrays[name] = np.empty(size, dtype=dtype)
+        return found[:size].reshape(shape)
+
+
+def largest_ids(logits: Tensor) -> list[int]:
+    """The id of each row's largest logit, the lowest of equals."""
+    if logits.device.type == "cpu":
+        return [int(token) for token in logits.numpy().argmax(axis=1)]
+    return [int(token) for token in logits.argmax(dim=-1).tolist()]
+
+
+def largest_values(logits: Tensor) -> Tensor:
+    """[n, V] -> [n, 1]."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().max(axis=1, keepdims=True))
+    return logits.amax(dim=-1, keepdim=True)
+
+
+def weights_of(logits: Tensor, largest: Tensor, temperature: Tensor, scratch: Scratch) -> Tensor:
+    """int32 weights in proportion to the probabilities, UNIT for the most probable. logits [n, V], the others [n, 1].
+
+    On the CPU the result lies in the scratch until the next call for a shape of its size.
+    """
+    if logits.device.type != "cpu":
+        return (((logits - largest) / temperature).exp() * UNIT).to(torch.int32)
+    shape = (logits.shape[0], logits.shape[1])
+    floats = scratch.array("floats", shape, np.float32)
+    weights = scratch.array("weights", shape, np.int32)
+    with np.errstate(over="ignore", under="ignore"):
+        np.subtract(logits.numpy(), largest.numpy(), out=floats)
+        np.divide(floats, temperature.numpy(), out=floats)
+        np.exp(floats, out=floats)
+    np.multiply(floats, np.float32(UNIT), out=floats)
+    np.copyto(weights, floats, casting="unsafe")
+    return torch.from_numpy(weights)
+
+
+def totals(weights: Tensor) -> Tensor:
+    """int32 [n, V] -> int64 [n]."""
+    if weights.device.type == "cpu":
+        return torch.from_numpy(weights.numpy().sum(axis=1, dtype=np.int64))
+    return weights.sum(dim=-1, dtype=torch.int64)
+
+
+def target(total: Tensor, chance: Tensor) -> Tensor:
+    """The integer point of [0, total) that a number of [0, 1) stands for; both [n]."""
+    return torch.minimum((total.double() * chance).long(), total - 1)
+
+
+def draw_by_id(weights: Tensor, chance: Tensor) -> list[int]:
+    """The tokens at the given shares of each row's sum of weights, in order of ids: [n, V], [n]."""
+    vocab = weights.shape[1]
+    whole = vocab // _BLOCK * _BLOCK
+    blocks = [weights[:, :whole].unflatten(1, (-1, _BLOCK))] if whole else []
+    sums = [
+        torch.from_numpy(block.numpy().sum(axis=2, dtype=np.int64))
+        if weights.device.type == "cpu"
+        else block.sum(dim=-1, dtype=torch.int64)
+        for block in [*blocks, *([weights[:, None, whole:]] if whole < vocab else [])]
+    ]
+    cumulated = torch.cat(sums, dim=1).cumsum(dim=-1)
+    point = target(cumulated[:, -1], chance)[:, None]
+    block = torch.searchsorted(cumulated, point, right=True)
+    before = torch.where(block > 0, cumulated.gather(1, (block - 1).clamp(min=0)), 0)
+    ids = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+    inside = torch.where(ids < vocab, weights.gather(1, ids.clamp(max=vocab - 1)), 0).cumsum(dim=-1, dtype=torch.int64)
+    place = torch.searchsorted(inside, point - before, right=True)
+    return [int(token) for token in (block * _BLOCK + place)[:, 0].tolist()]
+
+
+def top_descending(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """logits [n, V] -> (values [n, C] in descending order, padded with -inf; how many of each row are known [n]).
+
+    Of each row at least `count` values are known, or all. Values only, not ids: of a sorted row every beginning is the same
+    whatever the algorithm, while the order of equal elements is not. On the CPU a row is cut into 4 * count interleaved blocks;
+    the count-th largest of the block maxima is a value that `count` elements reach at least and, as a rule, not many more, so
+    that one comparison leaves few values to sort.
+    """
+    rows, vocab = logits.shape
+    blocks = 4 * count
+    if vocab < 2 * blocks:
+        return _full_descending(logits)
+    if logits.device.type != "cpu":
+        values = logits.topk(count, dim=-1).values
+        return values, torch.full((rows,), count, device=logits.device)
+    array = logits.numpy()
+    depth = vocab // blocks
+    maxima = array[:, : depth * blocks].reshape(rows, depth, blocks).max(axis=1)
+    edge = np.partition(maxima, blocks - count, axis=1)[:, blocks - count]
+    found = np.flatnonzero(array >= edge[:, None])
+    row = found // vocab
+    known = np.bincount(row, minlength=rows)
+    place = np.arange(len(found)) - np.repeat(np.cumsum(known) - known, known)
+    values = np.full((rows, known.max()), np.inf, dtype=np.float32)
+    values[row, place] = -array.reshape(-1)[found]
+    values.sort(axis=1)
+    return torch.from_numpy(-values), torch.from_numpy(known)
+
+
+def _full_descending(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with all V values of each row known."""
+    rows, vocab = logits.shape
+    if logits.device.type == "cpu":  # numpy sorts values several times as fast as torch sorts values with indices
+        values = torch.from_numpy(-np.sort(-logits.numpy(), axis=1))
+    else:
+        values = logits.sort(dim=-1, descending=True).values
+    return values, torch.full((rows,), vocab, device=logits.device)
+
+
+def nth_equal(logits: Tensor, value: Tensor, rank: Tensor) -> list[int]:
+    """For each row of [n, V] the id of the element equal to value [n, 1] that comes after rank [n] others with lower ids."""
+    equal = torch.from_numpy(logits.numpy() == value.numpy()) if logits.device.type == "cpu" else logits == value
+    if logits.device.type == "cpu":
+        first = equal.numpy().argmax(axis=1)
+    else:
+        first = equal.to(torch.int8).argmax(dim=-1).cpu().numpy()
+    ids = [int(token) for token in first]
+    for row, skip in enumerate(rank.tolist()):
+        if skip:
+            ids[row] = int(equal[row].nonzero()[skip, 0])
+    return ids
