@@ -12,6 +12,7 @@ import itertools
 import os
 import queue
 import socket
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -108,10 +109,12 @@ class HbmClient:
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.settimeout(timeout_s)
+            # The kernel's own timeout: the socket stays a blocking one, and connecting waits for a place in the queue.
+            seconds, rest = divmod(max(timeout_s, 0.001), 1)
+            timeout = struct.pack("ll", int(seconds), int(rest * 1e6))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
             sock.connect(os.fspath(socket_path))
-            sock.settimeout(None)
-        except TimeoutError as error:
+        except BlockingIOError as error:
             sock.close()
             raise ManagerGoneError(f"the HBM manager at {socket_path} accepts no connection") from error
         except OSError:
@@ -255,7 +258,13 @@ class HbmClient:
         self._ask(m.Done, lambda n: m.DropArena(n, name))
 
     def close(self) -> None:
-        """Unmap everything that was mapped through this client, give its leases back, and close the socket."""
+        """Unmap everything that was mapped through this client, give its leases back, and close the socket.
+
+        A forked child merely closes its descriptor: mappings and leases are its parent's.
+        """
+        if os.getpid() != self._pid:
+            self._sock.close()
+            return
         for thing in self._open_things:
             thing.close()
         self._open_things.clear()
@@ -281,7 +290,9 @@ class HbmClient:
         return self._lease_faults.get(lease_id) if self._lease_faults else None
 
     def require_open(self) -> None:
-        """Raises ManagerGoneError once the connection has ended."""
+        """Raises ManagerGoneError once the connection has ended, HbmError in a forked child."""
+        if os.getpid() != self._pid:
+            raise HbmError(f"this HbmClient belongs to process {self._pid}; a forked child must connect for itself")
         if self._gone is not None:
             raise ManagerGoneError(self._gone)
 
@@ -310,8 +321,7 @@ class HbmClient:
         return answer, descriptors
 
     def _begin(self) -> tuple[int, queue.SimpleQueue[_Answered | None]]:
-        if os.getpid() != self._pid:
-            raise HbmError(f"this HbmClient belongs to process {self._pid}; a forked child must connect for itself")
+        self.require_open()
         request = next(self._requests)
         answers: queue.SimpleQueue[_Answered | None] = queue.SimpleQueue()
         self._waiting[request] = answers
@@ -339,7 +349,10 @@ class HbmClient:
                 self._sock.sendall(frame)
             except OSError as error:
                 self.require_open()
-                raise ManagerGoneError(f"the HBM manager has closed the connection: {error}") from error
+                # A part of the frame may have gone out: nothing can follow it.
+                with contextlib.suppress(OSError):
+                    self._sock.shutdown(socket.SHUT_RDWR)
+                raise ManagerGoneError(f"the HBM manager takes no messages: {error}") from error
 
     # The reader thread
 
@@ -370,6 +383,8 @@ class HbmClient:
         answers = self._waiting.get(message.request)
         if answers is None:  # the caller gave up waiting
             _close_all(descriptors)
+            if isinstance(message, m.ArenaReply):
+                self._send(m.ReleaseArena(next(self._requests), message.lease_id))
         else:
             answers.put((message, descriptors))
 

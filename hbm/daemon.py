@@ -75,6 +75,7 @@ def _serve(listener: socket.socket, *, num_granules: int, max_descriptors: int, 
     wakeup_read, wakeup_write = socket.socketpair()
     for end in (wakeup_read, wakeup_write):
         end.setblocking(False)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # whatever the starter had blocked
     signal.set_wakeup_fd(wakeup_write.fileno())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
