@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flexpert.workers.model.binding import BoundModel
 from flexpert.workers.model.cpu_step import CpuStep
+from flexpert.workers.model.gpu_compute import GpuCompute
 from flexpert.workers.model.interfaces import STEP
 from flexpert.workers.model.kv_layout import KvViews
 from flexpert.workers.model.packing import PackedStep, pack
@@ -39,9 +40,12 @@ class ModelRunner:
         self._bound = bound
         self._views = KvViews(kv, bound.kv)
         self._num_slots = kv.shape[0]
+        self._gpu: GpuCompute | None = None
         self.last_build_s = 0.0
         if bound.device.type == "cpu":
             _use_invariant_threads()
+        else:
+            self._gpu = GpuCompute(bound, self._views, kv)
 
     @property
     def kv_token_bytes(self) -> int:
@@ -55,14 +59,25 @@ class ModelRunner:
         """Write the KV of the rows' tokens; return float32 logits [wanted, vocab] in row order: of the last token of each row with
         `sample`, of every token of a row with `all_logits`. Raises ValueError for a row that does not fit its slot."""
         began_s = time.perf_counter()
-        packed = pack(rows, multiple=ROW_MULTIPLE, capacity_tokens=self._views.capacity_tokens, slots=self._num_slots)
-        for experts in self._bound.experts:
-            experts.real_tokens = packed.num_tokens
+        multiple = ROW_MULTIPLE if self._gpu is None else 1
+        packed = pack(rows, multiple=multiple, capacity_tokens=self._views.capacity_tokens, slots=self._num_slots)
+        if self._gpu is not None:
+            self.last_build_s = time.perf_counter() - began_s
+            with torch.inference_mode():
+                return self._gpu.logits(packed)
         step = CpuStep(packed, self._views)
         for layer in self._bound.servable.attention:
             step.plan(layer.heads, layer.key_heads, layer.window)
+        for experts in self._bound.experts:
+            experts.real_tokens = packed.num_tokens
         self.last_build_s = time.perf_counter() - began_s
         return self._run(packed, step)
+
+    def warm_up(self) -> None:
+        """Prepare what would otherwise be prepared while serving: on a GPU the graphs of decode steps. Call before any KV is written."""
+        if self._gpu is not None:
+            with torch.inference_mode():
+                self._gpu.warm_up()
 
     def _run(self, packed: PackedStep, step: CpuStep) -> Tensor:
         wanted = torch.zeros(max(1, -(-len(packed.wanted) // LOGITS_MULTIPLE)) * LOGITS_MULTIPLE, dtype=torch.long)
