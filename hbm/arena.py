@@ -150,7 +150,8 @@ class KvArena:
             except HbmError as error:
                 self._fault = f"mapping failed in the middle of a batch: {error}"
                 raise
-            self._client.send_unanswered(("apply", self._lease_id, message))
+            if message:
+                self._client.send_unanswered(("apply", self._lease_id, message))
             for slot, tokens in committed:
                 self.committed[slot] = tokens
 

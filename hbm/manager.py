@@ -25,7 +25,7 @@ from flexpert.hbm.loop import EventLoop
 log = logging.getLogger(__name__)
 
 TAKEOVER_GRACE_S = 1.0  # for a holder that has closed its socket and is exiting; one that has not is killed at once
-_DISCARD_BYTES_A_TURN = 64 << 20
+_DISCARD_BYTES_A_TURN = 16 << 20
 
 
 class Peers(Protocol):
