@@ -137,14 +137,13 @@ class Generation:
             await self.wait()
 
     def leave(self) -> None:
-        """The client is gone: its tokens are nobody's."""
+        """The client is gone: whoever waits for outputs wakes up and closes."""
         self.client_gone = True
-        self._cancel()
         self._woken.set()
 
     def close(self) -> str:
         """The answer is out, or will never be. Returns the outcome for the metrics."""
-        self._cancel()
+        self._pool.cancel(choice.request_id for choice in self._choices)
         error = self.first_error()
         finished = self.done and error is None
         self._ticket.release(served=finished)
@@ -152,9 +151,6 @@ class Generation:
         if error is not None:
             return "invalid" if error.status_code < 500 else "failed"
         return "completed" if finished else "cancelled"
-
-    def _cancel(self) -> None:
-        self._pool.cancel(choice.request_id for choice in self._choices)
 
     def _measure(self, finished: bool) -> None:
         usage = self.usage

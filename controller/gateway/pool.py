@@ -225,6 +225,7 @@ class WorkerPool:
         task.add_done_callback(self._closing.discard)
 
     def _update_capacity(self) -> None:
-        capacity = sum(link.welcome.max_running for link in self._links.values() if link.welcome is not None)
-        # While workers are being replaced the list may be empty, or name only newcomers: the last capacity then stands.
+        """Workers that are away count as before, newcomers like the last one seen: nothing is refused because they are on their way."""
+        usual = 0 if self._limits is None else self._limits.max_running
+        capacity = sum(usual if link.welcome is None else link.welcome.max_running for link in self._links.values())
         self._known_capacity = capacity or self._known_capacity

@@ -115,6 +115,7 @@ class FakeWorker:
         self.fail_with: tuple[str, str] | None = None  # code and message
         self.refuse_with: str | None = None
         self.hold_finished = False
+        self.top_shift = 0  # 0: the token itself is its first alternative
 
     # For the test's thread
 
@@ -246,7 +247,8 @@ class FakeWorker:
             if running.next < end:
                 token_id = running.tokens[running.next]
                 score = None if params.logprobs is None else -0.5 * (running.next + 1)
-                top = tuple((token_id + k, (score or 0.0) - k) for k in range(params.logprobs or 0))
+                alternatives = range(self.top_shift, self.top_shift + (params.logprobs or 0))
+                top = tuple((token_id + k, (score or 0.0) - k) for k in alternatives)
                 tokens.append(
                     TokenOutput(
                         request_id=request_id, output_index=running.next, token_id=token_id, logprob=score, top=top

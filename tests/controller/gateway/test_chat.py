@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from flexpert.controller.gateway.schema import ChatResponse
 
@@ -94,6 +96,32 @@ def test_conversation_goes_through_the_template(client: openai.OpenAI, worker: A
         "<|system|>Be brief.<|end|><|user|>one\ntwo<|end|><|assistant|><|end|><|user|>three<|end|>!!<|assistant|>"
     )
     assert prompt_text(worker, vocabulary) == expected
+
+
+def test_template_alone_decides_on_special_tokens(
+    harness: Any, make_client: Any, model_dir: Path, tmp_path: Path
+) -> None:
+    """A tokenizer that puts a token before every text must not put a second one before a rendered chat."""
+    directory = tmp_path / "with-bos"
+    shutil.copytree(model_dir, directory)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|system|> $A", special_tokens=[("<|system|>", 1)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    worker = harness.worker()
+    client = make_client(harness.gateway(model_dir=directory))
+    client.completions.create(model=MODEL, prompt="x")
+    client.chat.completions.create(model=MODEL, messages=HELLO)
+    assert [submit.prompt_token_ids[0] for submit in worker.submits] == [1, tokenizer.token_to_id("<|user|>")]
+
+
+def test_model_without_a_template_says_so(harness: Any, make_client: Any, model_dir: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "no-template"
+    shutil.copytree(model_dir, directory)
+    (directory / "chat_template.jinja").unlink()
+    harness.worker()
+    with pytest.raises(openai.BadRequestError) as caught:
+        make_client(harness.gateway(model_dir=directory)).chat.completions.create(model=MODEL, messages=HELLO)
+    assert caught.value.code == "no_chat_template"
 
 
 def test_template_gets_the_last_word(client: openai.OpenAI, worker: Any) -> None:

@@ -193,6 +193,15 @@ def test_logprobs_of_the_output(client: openai.OpenAI, worker: Any, vocabulary: 
     assert worker.submits[-1].params.logprobs == 2
 
 
+def test_token_that_is_no_alternative_is_named_beside_them(client: openai.OpenAI, worker: Any) -> None:
+    worker.top_shift = 1
+    scores = client.completions.create(model=MODEL, prompt="x", logprobs=2).choices[0].logprobs
+    assert scores is not None
+    assert scores.tokens is not None
+    assert scores.top_logprobs is not None
+    assert all(len(top) == 3 and token in top for token, top in zip(scores.tokens, scores.top_logprobs, strict=True))
+
+
 def test_streamed_logprobs_are_those_of_the_whole(client: openai.OpenAI, worker: Any, vocabulary: Tokenizer) -> None:
     reply_with(worker, vocabulary.encode("one STO 🦊 two STOP three").ids)
     arguments: dict[str, Any] = {

@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+from flexpert.controller.gateway import WorkerAddress
 from flexpert.controller.gateway.admission import Admission, retry_after_s
 from flexpert.controller.gateway.errors import ApiError
 
@@ -127,6 +128,25 @@ def test_restarting_worker_makes_nothing_refuse(harness: Any, make_client: Any) 
     for thread, results in running:
         thread.join(20)
         assert results[0].choices[0].finish_reason == "length"
+
+
+def test_replaced_worker_keeps_its_places_before_it_is_there(harness: Any, make_client: Any) -> None:
+    old = harness.worker(max_running=4)
+    gateway = harness.gateway(max_queued=1)
+    elsewhere = WorkerAddress(old.address.worker_id, f"unix:{harness.directory}/not-yet")
+    newcomer = WorkerAddress("worker-9", f"unix:{harness.directory}/not-yet-either")
+    gateway.set_workers([elsewhere, newcomer])
+    harness.ask_until(lambda: not gateway._pool.ready)
+    assert gateway._pool.capacity_choices == 8
+    gateway.set_workers([])
+    harness.ask_until(lambda: not gateway._pool.links)
+    assert gateway._pool.capacity_choices == 8
+
+
+def test_choices_of_one_request_follow_each_other_through_a_small_worker(harness: Any, make_client: Any) -> None:
+    harness.worker(max_running=1)
+    answer = make_client(harness.gateway()).completions.create(model=MODEL, prompt="x", n=5)
+    assert [choice.finish_reason for choice in answer.choices] == ["length"] * 5
 
 
 def test_requests_beyond_what_workers_hold_wait_at_the_gateway_for_the_next_worker(

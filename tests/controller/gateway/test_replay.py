@@ -166,8 +166,9 @@ def test_draining_worker_finishes_what_it_has_and_gets_nothing_new(harness: Any,
     drained = WorkerAddress(leaving.address.worker_id, leaving.address.address, draining=True)
     gateway.set_workers([drained, staying.address])
     staying.wait_until(lambda: staying.connections)
-    client.completions.create(model=MODEL, prompt="y")
-    assert len(staying.submits) == 1
+    for _ in range(3):
+        client.completions.create(model=MODEL, prompt="y", n=3)  # more than an even spread would leave to one
+    assert len(staying.submits) == 9
     harness.run(leaving.release())
     thread.join(20)
     assert len(result) == 1

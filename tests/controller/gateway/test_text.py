@@ -98,6 +98,18 @@ def test_window_does_not_wait_for_ever_for_bytes_that_are_no_character(sentencep
     assert "".join(pieces) == "he" + "\ufffd" * 9 + "llo"
 
 
+def test_window_passes_over_special_tokens(sentencepiece_like: Tokenizer, tmp_path: Path) -> None:
+    special = Tokenizer.from_str(sentencepiece_like.to_str())
+    special.add_special_tokens(["</s>"])
+    special.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = ModelTokenizer.load(tmp_path)
+    ids = ids_of(special, "▁he", "</s>", "llo", "</s>", "▁world")
+    assert stream(tokenizer.detokenizer(), ids) == ["he", "", "llo", "", " world", ""]
+    assert stream(tokenizer.detokenizer(context_ids=ids), ids_of(special, "</s>", "▁a")) == ["", " a", ""]
+    assert [tokenizer.token_text(token_id) for token_id in ids] == [" he", "</s>", "llo", "</s>", " world"]
+    assert tokenizer.token_bytes(special.token_to_id("<0xE2>")) == b"\xe2"
+
+
 @given(words=st.lists(st.sampled_from(["▁he", "llo", "▁world", "o", "w", "▁a", "▁"]), max_size=30))
 def test_window_streams_to_what_decoding_at_once_gives(sentencepiece_like: Tokenizer, words: list[str]) -> None:
     ids = ids_of(sentencepiece_like, *words)
