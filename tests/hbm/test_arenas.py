@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from tests.hbm.harness import WAIT_S, Child, ChildError, wait_for_exit
@@ -28,6 +32,7 @@ from flexpert.hbm import (
     check_manager,
 )
 from flexpert.hbm import client as client_module
+from flexpert.hbm.launch import environment
 
 Connect = Callable[..., HbmClient]
 SIZE = {"slots": 4, "slot_bytes": 16 * GRANULE_BYTES, "granules": 32}
@@ -374,3 +379,23 @@ def test_a_lease_that_comes_after_its_caller_gave_up_is_given_back(
     while waiter.info().arenas[0].holder_pid and time.monotonic() < deadline:
         pass  # each question is a round trip; nothing tells of a lease that was given back
     connect(3).open_kv_arena("kv", **SIZE)
+
+
+def test_whenever_a_writer_is_killed_what_it_committed_is_whole(manager: ManagerHandle) -> None:
+    chance = random.Random(5)
+    script = Path(__file__).with_name("writer_process.py")
+    totals = []
+    for incarnation in range(1, 7):
+        command = [sys.executable, "-P", str(script), str(manager.socket_path), str(incarnation)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as writer:
+            try:
+                assert writer.stdout is not None
+                wrong, total = map(int, writer.stdout.readline().split())
+                writer.stdout.read(chance.randrange(20, 300))
+            finally:
+                writer.kill()
+        assert wrong == 0
+        totals.append(total)
+    assert totals[0] == 0
+    assert min(totals[1:]) > 0
+    assert check_manager(manager.socket_path.parent).problems == []
