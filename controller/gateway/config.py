@@ -33,7 +33,7 @@ class GatewayConfig:
     worker_addresses: tuple[WorkerAddress, ...] = ()
     gateway_id: str = "gateway-0"
     max_queued: int = 512
-    max_body_bytes: int = 16 << 20
+    max_body_bytes: int = 4 << 20
     drain_timeout_s: float = 30.0
     cors_allow_origins: tuple[str, ...] = ()
 

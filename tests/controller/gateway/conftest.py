@@ -112,6 +112,7 @@ class FakeWorker:
         self.cached_tokens = 0
         self.repeat_tokens = 0  # after a replay: send so many tokens again
         self.die_after_steps: int | None = None
+        self.lives: Iterator[int] = iter(())  # steps of the incarnations after that
         self.fail_with: tuple[str, str] | None = None  # code and message
         self.refuse_with: str | None = None
         self.hold_finished = False
@@ -225,7 +226,7 @@ class FakeWorker:
             if self.die_after_steps is not None:
                 self.die_after_steps -= 1
                 if self.die_after_steps == 0:
-                    self.die_after_steps = None
+                    self.die_after_steps = next(self.lives, None)
                     await asyncio.sleep(0)
                     await self.die()
                     await self.start()
