@@ -7,6 +7,8 @@ and pads; it is for head sizes flash attention does not take, for latents and fo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,10 @@ def flash_fits(*, key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
     """Whether torch's flash attention takes these heads."""
     half = dtype in (torch.bfloat16, torch.float16)
     return half and key_dim == value_dim and key_dim % 8 == 0 and key_dim <= MAX_FLASH_DIM
+
+
+def _flash_operator() -> Any:
+    return torch.ops.aten._flash_attention_forward
 
 
 def flash(
@@ -38,7 +44,7 @@ def flash(
     query_begins, key_begins: int32 [requests + 1]; keys_used: int32 [requests], the request's new tokens included; its queries are the last of
     them. A sink is one more logit without a value, so the result shrinks by exp(lse) / (exp(lse) + exp(sink)).
     """
-    output, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
+    output, logsumexp, *_ = _flash_operator()(
         query,
         keys,
         values,

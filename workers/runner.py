@@ -37,38 +37,38 @@ class ModelRunner:
     """
 
     def __init__(self, bound: BoundModel, kv: Tensor) -> None:
-        self._bound = bound
-        self._views = KvViews(kv, bound.kv)
-        self._num_slots = kv.shape[0]
+        self.bound = bound
+        self.views = KvViews(kv, bound.kv)
+        self.kv = kv
         self._gpu: GpuCompute | None = None
         self.last_build_s = 0.0
         if bound.device.type == "cpu":
             _use_invariant_threads()
         else:
-            self._gpu = GpuCompute(bound, self._views, kv)
+            self._gpu = GpuCompute(bound, self.views, kv)
 
     @property
     def kv_token_bytes(self) -> int:
-        return self._bound.kv.token_bytes
+        return self.bound.kv.token_bytes
 
     @property
     def num_layers(self) -> int:
-        return self._bound.servable.num_layers
+        return self.bound.servable.num_layers
 
     def forward(self, rows: Sequence[Row]) -> Tensor:
         """Write the KV of the rows' tokens; return float32 logits [wanted, vocab] in row order: of the last token of each row with
         `sample`, of every token of a row with `all_logits`. Raises ValueError for a row that does not fit its slot."""
         began_s = time.perf_counter()
         multiple = ROW_MULTIPLE if self._gpu is None else 1
-        packed = pack(rows, multiple=multiple, capacity_tokens=self._views.capacity_tokens, slots=self._num_slots)
+        packed = pack(rows, multiple=multiple, capacity_tokens=self.views.capacity_tokens, slots=len(self.kv))
         if self._gpu is not None:
             self.last_build_s = time.perf_counter() - began_s
             with torch.inference_mode():
                 return self._gpu.logits(packed)
-        step = CpuStep(packed, self._views)
-        for layer in self._bound.servable.attention:
+        step = CpuStep(packed, self.views)
+        for layer in self.bound.servable.attention:
             step.plan(layer.heads, layer.key_heads, layer.window)
-        for experts in self._bound.experts:
+        for experts in self.bound.experts:
             experts.real_tokens = packed.num_tokens
         self.last_build_s = time.perf_counter() - began_s
         return self._run(packed, step)
@@ -83,7 +83,7 @@ class ModelRunner:
         wanted = torch.zeros(max(1, -(-len(packed.wanted) // LOGITS_MULTIPLE)) * LOGITS_MULTIPLE, dtype=torch.long)
         wanted[: len(packed.wanted)] = torch.from_numpy(packed.wanted)
         with torch.inference_mode():
-            output = self._bound.model(
+            output = self.bound.model(
                 input_ids=torch.from_numpy(packed.token_ids)[None],
                 position_ids=torch.from_numpy(packed.positions)[None],
                 past_key_values=step,

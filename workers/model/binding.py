@@ -17,7 +17,7 @@ from flexpert.kernels import ExpertSlabs, SlabPart, experts_forward
 from flexpert.kernels.registration import activation, up_name
 from flexpert.workers.model.kv_layout import KvLayout
 from flexpert.workers.model.layout import DENSE, EXPERTS, ExpertLayer, WeightLayout
-from flexpert.workers.model.planning import slab_matrices
+from flexpert.workers.model.planning import GRANULE_BYTES, lay_out, slab_matrices
 from flexpert.workers.model.servable import ServableModel, kv_layout
 
 
@@ -59,6 +59,9 @@ def bind(
             raise ValueError(f"segment {name!r} has {segments[name].numel()} of {segments[name].dtype}, expected {nbytes} bytes")
     device, dtype = torch.device(device), getattr(torch, layout.dtype)
     model = servable.build(dtype)
+    expected = lay_out(model, servable.experts, dtype, GRANULE_BYTES)
+    if (layout.dense, layout.experts) != (expected.dense, expected.experts):
+        raise ValueError(f"the weights are laid out for another model than {servable.architecture} of {servable.model_dir}; load them again")
     _bind_dense(model, layout, segments[DENSE])
     arena = segments[EXPERTS].view(dtype)
     experts = tuple(_bind_experts(model.get_submodule(layer.module), layer, layout, arena) for layer in layout.experts)
@@ -79,10 +82,8 @@ def _bind_dense(model: PreTrainedModel, layout: WeightLayout, segment: Tensor) -
         owner = model.get_submodule(path)
         if leaf in owner._parameters:
             owner._parameters[leaf] = nn.Parameter(view, requires_grad=False)
-        elif leaf in owner._buffers:
-            owner._buffers[leaf] = view
         else:
-            raise ValueError(f"the weights hold {name}, which {type(model).__name__} does not have; load them again")
+            owner._buffers[leaf] = view
 
 
 def _bind_experts(module: nn.Module, layer: ExpertLayer, layout: WeightLayout, arena: Tensor) -> LayerExperts:
@@ -108,7 +109,7 @@ def _bind_experts(module: nn.Module, layer: ExpertLayer, layout: WeightLayout, a
 def _compute_rotary_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """A second instance of the module, made on the host from the same configuration, has the right values."""
     for module in model.modules():
-        if "inv_freq" in module._buffers:
+        if any(name.endswith("inv_freq") for name in module._buffers):
             made = type(module)(module.config)
             for name, buffer in made._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)

@@ -59,7 +59,7 @@ class GpuCompute:
             return self._replay(rows)
         tensors = StepTensors.of(packed, self._device)
         wanted = torch.from_numpy(packed.wanted).to(self._device)
-        return self._run(tensors, wanted)
+        return self.run(tensors, wanted)
 
     def warm_up(self, batch_sizes: Sequence[int] = BATCH_SIZES) -> None:
         """Capture the graphs of these batch sizes now, the largest first so that the others reuse its memory. Writes to position 0 of slot 0."""
@@ -67,7 +67,8 @@ class GpuCompute:
             if self.captures and size not in self._graphs:
                 self._graphs[size] = self._capture(torch.zeros(3, size, dtype=torch.long, device=self._device))
 
-    def _run(self, tensors: StepTensors, wanted: Tensor | int) -> Tensor:
+    def run(self, tensors: StepTensors, wanted: Tensor | int) -> Tensor:
+        """Logits of `wanted` packed rows (0: of all), launched op by op."""
         step = GpuStep(tensors, self._arena)
         output = self._bound.model(
             input_ids=tensors.token_ids[None],
@@ -98,11 +99,11 @@ class GpuCompute:
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(_WARM_RUNS):
-                self._run(tensors, 0)
+                self.run(tensors, 0)
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = self._run(tensors, 0)
+            logits = self.run(tensors, 0)
         self._pool = self._pool or graph.pool()
         log.info("captured the decode step of %d rows", rows.shape[1])
         return _Captured(rows, logits, graph)

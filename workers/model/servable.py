@@ -53,7 +53,7 @@ def check_servable(model_dir: str | Path) -> ServableModel:
     config = _read_config(model_dir)
     try:
         model = _build(config, torch.float32)
-        _refuse_unbindable_buffers(model)
+        _refuse_unbindable(model)
         probed = probe(model)
     except ProbeRefusal as refusal:
         raise UnservableModelError(model_dir, str(refusal)) from refusal
@@ -143,13 +143,20 @@ def _refuse_kind(model_dir: Path, config: PreTrainedConfig, fields: dict[str, ob
         )
 
 
-def _refuse_unbindable_buffers(model: PreTrainedModel) -> None:
-    """Buffers that no checkpoint holds must be those that a rotary embedding computes from the configuration."""
+def _refuse_unbindable(model: PreTrainedModel) -> None:
+    """Besides the checkpoint's tensors a tree may hold only what a rotary embedding computes from the configuration."""
+    if not checkpoint_names.experts_modules(model):
+        raise ProbeRefusal(f"{type(model).__name__} is not a mixture of experts, or has experts that flexpert cannot compute")
     persistent = set(model.state_dict())
     for name, _ in model.named_buffers():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if name not in persistent and not hasattr(owner, "inv_freq"):
+        if name not in persistent and not name.endswith("inv_freq"):
             raise ProbeRefusal(f"its buffer {name!r} is in no checkpoint and flexpert does not know how to compute it")
+    for name, module in model.named_modules():
+        if held := sorted(key for key, value in vars(module).items() if isinstance(value, torch.Tensor)):
+            raise ProbeRefusal(f"its module {name!r} keeps a tensor that is neither parameter nor buffer ({held[0]})")
+    for name, module in checkpoint_names.experts_modules(model).items():
+        if getattr(module, "has_post_expert_norm", False):
+            raise ProbeRefusal(f"its experts {name!r} have a norm of their own behind them")
 
 
 def _eos_token_ids(model_dir: Path, config: PreTrainedConfig) -> tuple[int, ...]:
