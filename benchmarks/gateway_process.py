@@ -1,6 +1,6 @@
 """A gateway alone in its own process, in front of a worker that the benchmark holds.
 
-    with serving(model_dir, worker_address, token) as url: ...
+with serving(model_dir, worker_address, token) as url: ...
 """
 
 from __future__ import annotations

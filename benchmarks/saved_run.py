@@ -37,7 +37,9 @@ def device_name(device: str) -> str:
 def commit() -> str:
     """The checked-out commit, marked where the tree differs from it; "unknown" outside a checkout."""
     here = Path(__file__).parent
-    found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True)
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True
+    )
     return found.stdout.strip() or "unknown"
 
 

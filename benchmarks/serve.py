@@ -163,7 +163,10 @@ def throughput(systems: dict[str, Any], args: argparse.Namespace, vocab_size: in
             assert tokens == expected, f"{name}: found {tokens} tokens, expected {expected}"
             if repeat:
                 rates[name].append(tokens / whole_s)
-            print(f"{'warm-up' if repeat == 0 else f'repeat {repeat}'} {name}: {tokens / whole_s:.0f} output tokens/s", flush=True)
+            print(
+                f"{'warm-up' if repeat == 0 else f'repeat {repeat}'} {name}: {tokens / whole_s:.0f} output tokens/s",
+                flush=True,
+            )
     return [
         {
             "what": f"{name}, {args.concurrency} at once, {args.input} in, {args.output} out",
@@ -202,7 +205,9 @@ async def first_byte_direct(address: str, prompts: Prompts) -> list[float]:
     found = []
     for i, prompt in enumerate(prompts):
         began_s = time.perf_counter()
-        writer.write(codec.encode(Submit(request_id=f"direct/{began_s}/{i}", prompt_token_ids=prompt, params=greedy(2))))
+        writer.write(
+            codec.encode(Submit(request_id=f"direct/{began_s}/{i}", prompt_token_ids=prompt, params=greedy(2)))
+        )
         first_s, open_ = None, True
         while open_:
             frame = await codec.read(reader)
@@ -220,7 +225,14 @@ async def first_byte_http(url: str, model_id: str, prompts: Prompts) -> list[flo
     found = []
     async with httpx.AsyncClient(headers={"authorization": f"Bearer {TOKEN}"}, timeout=60) as client:
         for prompt in prompts:
-            body = {"model": model_id, "prompt": prompt, "max_tokens": 2, "temperature": 0, "stream": True, "ignore_eos": True}
+            body = {
+                "model": model_id,
+                "prompt": prompt,
+                "max_tokens": 2,
+                "temperature": 0,
+                "stream": True,
+                "ignore_eos": True,
+            }
             began_s = time.perf_counter()
             async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
                 response.raise_for_status()
@@ -248,7 +260,15 @@ def gateway_rows(engine: FlexpertEngine, model_dir: Path, vocab_size: int) -> li
     rows = []
     for what, values in (("first token, worker's stream", direct), ("first byte, HTTP", http)):
         ms = sorted(1e3 * value for value in values)
-        rows.append({"what": f"{what}, {len(ms)} requests", "median": statistics.median(ms), "min": ms[0], "max": ms[-1], "unit": "ms"})
+        rows.append(
+            {
+                "what": f"{what}, {len(ms)} requests",
+                "median": statistics.median(ms),
+                "min": ms[0],
+                "max": ms[-1],
+                "unit": "ms",
+            }
+        )
     return rows
 
 
@@ -259,10 +279,18 @@ def goals(rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
     ours = median("flexpert,")
     found = []
     if device == "cpu":
-        found.append(saved_run.goal("output tokens/s over generate (one static batch)", ours / median("transformers generate,"), ">= 1.2"))
-        found.append(saved_run.goal("output tokens/s over generate_batch", ours / median("transformers generate_batch"), ">= 4"))
+        found.append(
+            saved_run.goal(
+                "output tokens/s over generate (one static batch)", ours / median("transformers generate,"), ">= 1.2"
+            )
+        )
+        found.append(
+            saved_run.goal("output tokens/s over generate_batch", ours / median("transformers generate_batch"), ">= 4")
+        )
     else:
-        found.append(saved_run.goal("output tokens/s over generate_batch", ours / median("transformers generate_batch"), ">= 3"))
+        found.append(
+            saved_run.goal("output tokens/s over generate_batch", ours / median("transformers generate_batch"), ">= 3")
+        )
     found.append(saved_run.goal("host work per decode step at 64 sequences, ms", median("host work"), "<= 1"))
     if any(row["what"].startswith("first byte") for row in rows):
         added_ms = median("first byte") - median("first token")

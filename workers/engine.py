@@ -193,9 +193,7 @@ class Engine:
             token = sampled.get(row.request_id)
             scored_all = live.prompt_logprobs and (token is not None or row.request_id in ended)
             if scored_all:
-                scores = PromptLogprobs(
-                    request_id=row.request_id, logprobs=live.prompt_logprobs, top=live.prompt_top
-                )
+                scores = PromptLogprobs(request_id=row.request_id, logprobs=live.prompt_logprobs, top=live.prompt_top)
                 output_of(live.owner).prompt_logprobs.append(scores)
                 live.prompt_logprobs, live.prompt_top = [], []
             if token is not None:

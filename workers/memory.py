@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from flexpert.hbm import KvArena, SlotRecord
+from flexpert.hbm.ops import ArenaOp
 from flexpert.workers.step import CopyTokens, MemoryOp
 
 
@@ -52,7 +53,7 @@ class ArenaMemory:
         self.tensor = bytes_at(arena.address, slots * slot_bytes).view(slots, slot_bytes)
 
     def apply(self, ops: Sequence[MemoryOp]) -> None:
-        pending: list[MemoryOp] = []
+        pending: list[ArenaOp] = []
         for op in ops:
             if isinstance(op, CopyTokens):
                 self._arena.apply(pending)

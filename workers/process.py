@@ -75,7 +75,6 @@ class WorkerConfig:
 
 
 MAX_DEFAULT_KV_BYTES = 1 << 30
-HOST_GRANULE_BYTES = 1 << 16
 
 
 @dataclass
@@ -96,7 +95,9 @@ def prepare(model_dir: Path, device: str) -> None:
     check_servable(model_dir)
     if torch.device(device).type == "cuda":
         if not torch.cuda.is_available():
-            raise WorkerStartError("device cuda: torch finds no CUDA device; install a CUDA build of torch and the driver, or use --device cpu")
+            raise WorkerStartError(
+                "device cuda: torch finds no CUDA device; install a CUDA build of torch and the driver, or use --device cpu"
+            )
         torch.zeros(1, device=device)
 
 
@@ -125,6 +126,8 @@ class WorkerProcess:
         self.times.mark("weights")
         engine, max_context_tokens = self._build(servable, bound)
         self.times.mark("kv")
+        self._runner.warm_up()
+        self.times.mark("warm_up")
         welcome = Welcome(
             worker_id=self.config.worker_id,
             incarnation=self.config.incarnation,
@@ -140,7 +143,13 @@ class WorkerProcess:
         self._thread = threading.Thread(target=engine.run, name="engine", daemon=True)
         self._thread.start()
         self.times.mark("listen")
-        log.info("worker %s serves %s at %s; %s", self.config.worker_id, self.config.model_id, self.address, self.times.phases)
+        log.info(
+            "worker %s serves %s at %s; %s",
+            self.config.worker_id,
+            self.config.model_id,
+            self.address,
+            self.times.phases,
+        )
         return self.address
 
     def stop(self) -> None:
@@ -218,7 +227,9 @@ class WorkerProcess:
         self.weights_loaded = True
         return self._bind_on_device(servable, plan.manifest, segments)
 
-    def _bind_on_device(self, servable: ServableModel, manifest: bytes, segments: dict[str, torch.Tensor]) -> BoundModel:
+    def _bind_on_device(
+        self, servable: ServableModel, manifest: bytes, segments: dict[str, torch.Tensor]
+    ) -> BoundModel:
         device = torch.device(self.config.device)
         self._weights_bytes = sum(segment.numel() for segment in segments.values())
         if device.type != "cpu":
@@ -239,7 +250,7 @@ class WorkerProcess:
             vocab_size=servable.vocab_size,
         )
         scheduler = Scheduler(scheduler_config, books)
-        runner = ModelRunner(bound, memory.tensor)
+        self._runner = runner = ModelRunner(bound, memory.tensor)
         self._engine = Engine(scheduler=scheduler, runner=runner, sampler=Sampler(), memory=memory, emit=self._deliver)
         return self._engine, max_context_tokens
 
@@ -247,7 +258,8 @@ class WorkerProcess:
         wanted = self.config.max_context_tokens
         if wanted is not None and wanted > servable.max_context_tokens:
             raise WorkerStartError(
-                f"max context: found {wanted} tokens, the model was made for at most {servable.max_context_tokens}; give a smaller --max-context"
+                f"max context: found {wanted} tokens, the model was made for at most {servable.max_context_tokens}; "
+                "give a smaller --max-context"
             )
         return wanted or servable.max_context_tokens
 
@@ -274,7 +286,7 @@ class WorkerProcess:
         return memory, KvBooks(geometry, arena.granules)
 
     def _open_private_kv(self, slots: int, token_bytes: int, max_context_tokens: int) -> tuple[KvMemory, KvBooks]:
-        slot_bytes = round_up(max_context_tokens * token_bytes, HOST_GRANULE_BYTES)
+        slot_bytes = max_context_tokens * token_bytes
         device = torch.device(self.config.device)
         if self.config.kv_bytes is not None:
             slots = min(slots, self.config.kv_bytes // slot_bytes)
@@ -285,7 +297,7 @@ class WorkerProcess:
             slots=slots,
             max_context_tokens=max_context_tokens,
             kv_token_bytes=token_bytes,
-            granule_bytes=HOST_GRANULE_BYTES,
+            granule_bytes=slot_bytes,
             shareable=False,
         )
         memory = TorchMemory(slots=slots, slot_bytes=slot_bytes, token_bytes=token_bytes, device=device)
@@ -294,7 +306,8 @@ class WorkerProcess:
     def _require_kv(self, found_bytes: int, needed_bytes: int) -> None:
         if found_bytes < needed_bytes:
             raise WorkerStartError(
-                f"no memory for KV: found {found_bytes} bytes, at least {needed_bytes} are needed; raise --memory or --kv-memory, or lower --max-context"
+                f"no memory for KV: found {found_bytes} bytes, at least {needed_bytes} are needed; "
+                "raise --memory or --kv-memory, or lower --max-context"
             )
 
 

@@ -30,7 +30,13 @@ async def read_all(data: bytes) -> list[object]:
     return frames
 
 
-@given(prompt=tokens, emitted=tokens, seed=st.integers(0, 2**64 - 1), temperature=st.floats(0, 2), bias=st.dictionaries(st.integers(0, 99), st.floats(-100, 100)))
+@given(
+    prompt=tokens,
+    emitted=tokens,
+    seed=st.integers(0, 2**64 - 1),
+    temperature=st.floats(0, 2),
+    bias=st.dictionaries(st.integers(0, 99), st.floats(-100, 100)),
+)
 def test_frames_arrive_as_they_were_sent(prompt, emitted, seed, temperature, bias):
     params = SamplingParams(max_tokens=9, seed=seed, temperature=temperature, logit_bias=bias)
     submit = Submit(request_id="a", prompt_token_ids=prompt, emitted_token_ids=emitted, params=params)
@@ -47,7 +53,14 @@ def test_a_stream_cut_inside_a_frame_ends_quietly(cut):
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"\xc1", b"{}", b"\x81\xa4type\xa7unknown", b"\x81\xa4type\xa6cancel", worker_frames().encode(StepOutput(step=1))[4:]],
+    [
+        b"",
+        b"\xc1",
+        b"{}",
+        b"\x81\xa4type\xa7unknown",
+        b"\x81\xa4type\xa6cancel",
+        worker_frames().encode(StepOutput(step=1))[4:],
+    ],
     ids=["empty", "not msgpack", "json", "unknown tag", "missing field", "the other direction"],
 )
 def test_what_is_no_frame_is_refused(body):
@@ -61,7 +74,9 @@ def test_a_frame_too_large_is_refused_before_it_is_read():
 
 
 def test_optional_fields_of_a_token_survive():
-    frame = StepOutput(step=3, tokens=[TokenOutput(request_id="a", output_index=1, token_id=2, logprob=-0.5, top=((2, -0.5),))])
+    frame = StepOutput(
+        step=3, tokens=[TokenOutput(request_id="a", output_index=1, token_id=2, logprob=-0.5, top=((2, -0.5),))]
+    )
     codec = worker_frames()
     assert codec.decode(codec.encode(frame)[4:]) == frame
 

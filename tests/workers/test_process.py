@@ -30,7 +30,9 @@ SEEDED = SamplingParams(max_tokens=48, seed=1234567, temperature=0.9, top_p=0.95
 def model_dir(tmp_path_factory) -> Path:
     """About 96 MiB of experts, so that a copy of them could not hide."""
     folder = tmp_path_factory.mktemp("model")
-    make_model("qwen3_moe", num_experts=32, hidden_size=512, moe_intermediate_size=256, num_hidden_layers=2).save_pretrained(folder)
+    make_model(
+        "qwen3_moe", num_experts=32, hidden_size=512, moe_intermediate_size=256, num_hidden_layers=2
+    ).save_pretrained(folder)
     return folder
 
 
@@ -62,7 +64,9 @@ class Child:
             "kv_bytes": 64 << 20,
         }
         script = Path(__file__).with_name("worker_child.py")
-        self.process = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.status = self.ask(json.dumps(fields))
 
     def ask(self, line: str) -> dict:
@@ -112,7 +116,9 @@ def submits(params: SamplingParams, emitted: dict[str, list[int]] | None = None)
     ]
 
 
-async def read_tokens(address: str, requests: list[Submit], *, stop_after: int | None = None) -> tuple[dict[str, list[int]], list]:
+async def read_tokens(
+    address: str, requests: list[Submit], *, stop_after: int | None = None
+) -> tuple[dict[str, list[int]], list]:
     """Tokens by request until all ended, or until `stop_after` were seen; and the frames of other kinds."""
     reader, writer = await open_stream(address)
     codec = worker_frames()
