@@ -30,13 +30,13 @@ from flexpert.workers.messages import SamplingParams
 from flexpert.workers.random_bits import uniforms
 from flexpert.workers.vocab_rows import (
     UNIT,
+    Largest,
     Scratch,
     draw_by_id,
-    largest_ids,
-    largest_values,
-    nth_equal,
+    highest_ids,
+    highest_values,
+    largest,
     target,
-    top_descending,
     totals,
     weights_of,
 )
@@ -47,7 +47,7 @@ Top = tuple[tuple[int, float], ...]
 
 _SCORED_ROWS = 64  # prompt_logprobs: rows whose log-softmax is in memory at a time
 # How many of the largest logits the filters look at, first of all rows, then (a few rows at a time) where that is not enough.
-_LOOKS = ((64, 1 << 20), (512, 16), (1 << 62, 8))
+_LOOKS = ((64, 1 << 20), (512, 64), (1 << 62, 8))
 
 
 class Sampled(NamedTuple):
@@ -98,7 +98,6 @@ class SamplingState:
         self.prompt_token_ids = prompt_token_ids
         self.num_output_tokens = 0
         self.is_greedy = params.temperature == 0.0
-        self.filters = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
         self.counts: _Counts | None = None
         if params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
             self.counts = _Counts()
@@ -111,6 +110,10 @@ class SamplingState:
         self.num_output_tokens += 1
         if self.counts is not None:
             self.counts.add(token_id, 1)
+
+    def filters(self, vocab: int) -> bool:
+        """Whether any filter could exclude a token."""
+        return 0 < self.params.top_k < vocab or self.params.top_p < 1.0 or self.params.min_p > 0.0
 
     @property
     def masks_stop_tokens(self) -> bool:
@@ -134,11 +137,11 @@ class Sampler:
         edited = _edit(logits, states)
         random = [row for row, state in enumerate(states) if not state.is_greedy]
         if not random:
-            tokens = largest_ids(edited)
+            tokens = highest_ids(edited)
         elif len(random) == len(states):
             tokens = _draw(edited, states, self._scratch)
         else:
-            tokens = largest_ids(edited)
+            tokens = highest_ids(edited)
             drawn = _draw(edited[random], [states[row] for row in random], self._scratch)
             for row, token in zip(random, drawn, strict=True):
                 tokens[row] = token
@@ -147,7 +150,8 @@ class Sampler:
         if scored:
             chosen = [tokens[row] for row in scored]
             widths = [states[row].params.logprobs or 0 for row in scored]
-            for row, scores in zip(scored, _scores(logits[scored], chosen, widths), strict=True):
+            rows = logits if len(scored) == len(states) else logits[scored]
+            for row, scores in zip(scored, _scores(rows, chosen, widths), strict=True):
                 sampled[row] = Sampled(tokens[row], *scores)
         return sampled
 
@@ -219,8 +223,8 @@ def _floats(values: NDArray[np.float64], like: Tensor) -> Tensor:
 
 def _draw(logits: Tensor, states: Sequence[SamplingState], scratch: Scratch) -> list[int]:
     """Draw by temperature, with filters or without."""
-    largest = largest_values(logits)
-    if not bool(torch.isfinite(largest).all()):
+    highest = highest_values(logits)
+    if not bool(torch.isfinite(highest).all()):
         raise FloatingPointError(
             "logits without a finite maximum: the model computed NaN or infinity, or every token is masked"
         )
@@ -232,17 +236,17 @@ def _draw(logits: Tensor, states: Sequence[SamplingState], scratch: Scratch) -> 
             [state.num_output_tokens for state in states],
         )
     )
-    temperature, chance = temperature.to(logits.device), chance.to(logits.device)
-    weights = weights_of(logits, largest, temperature, scratch)
-    filtered = [row for row, state in enumerate(states) if state.filters]
+    rows = _Rows(logits, highest, temperature.to(logits.device), chance.to(logits.device))
+    vocab = logits.shape[1]
+    filtered = [row for row, state in enumerate(states) if state.filters(vocab)]
     if not filtered:
-        return draw_by_id(weights, chance)
-    rows = _Rows(logits, largest, temperature, totals(weights), chance)
+        return draw_by_id(rows.weights(scratch), rows.chance)
     if len(filtered) == len(states):
         return _draw_filtered(rows, [state.params for state in states], scratch)
-    plain = [row for row, state in enumerate(states) if not state.filters]
     tokens = [0] * len(states)
-    for row, token in zip(plain, draw_by_id(weights[plain], chance[plain]), strict=True):
+    plain = [row for row, state in enumerate(states) if not state.filters(vocab)]
+    some = rows.select(plain)
+    for row, token in zip(plain, draw_by_id(some.weights(scratch), some.chance), strict=True):
         tokens[row] = token
     drawn = _draw_filtered(rows.select(filtered), [states[row].params for row in filtered], scratch)
     for row, token in zip(filtered, drawn, strict=True):
@@ -251,29 +255,37 @@ def _draw(logits: Tensor, states: Sequence[SamplingState], scratch: Scratch) -> 
 
 
 class _Rows(NamedTuple):
-    """Rows to be filtered: logits [n, V], their largest [n, 1], temperature [n, 1], the sum of weights [n], chance [n]."""
+    """Rows to be drawn from: logits [n, V], their highest [n, 1], temperature [n, 1], a number of [0, 1) each [n]."""
 
     logits: Tensor
-    largest: Tensor
+    highest: Tensor
     temperature: Tensor
-    total: Tensor
     chance: Tensor
 
     def select(self, rows: list[int]) -> _Rows:
         return _Rows(*(field[rows] for field in self))
 
+    def weights(self, scratch: Scratch) -> Tensor:
+        return weights_of(self.logits, self.highest, self.temperature, scratch)
+
 
 def _draw_filtered(rows: _Rows, params: Sequence[SamplingParams], scratch: Scratch) -> list[int]:
     """Look at the largest logits first, and at more of a row only where its filters reach further. The result is the same."""
+    vocab = rows.logits.shape[1]
+    if any(one.top_p < 1.0 and not 0 < one.top_k < vocab for one in params):
+        total = totals(rows.weights(scratch))
+    else:
+        total = torch.full_like(rows.chance, 1 << 62, dtype=torch.int64)  # no top_p is a share of it
     tokens = [0] * len(params)
     left = list(range(len(params)))
     for count, chunk in _LOOKS:
         undecided: list[int] = []
         for first in range(0, len(left), chunk):
             chosen = left[first : first + chunk]
-            some = rows if len(chosen) == len(params) else rows.select(chosen)
-            values, known = top_descending(some.logits, count)
-            picked = _pick(some, [params[row] for row in chosen], values, known, scratch)
+            everything = len(chosen) == len(params)
+            some = rows if everything else rows.select(chosen)
+            found = largest(some.logits, count)
+            picked = _pick(some, total[chosen], [params[row] for row in chosen], found, scratch)
             for row, token, decided in zip(chosen, *picked, strict=True):
                 tokens[row] = token
                 if not decided:
@@ -284,32 +296,33 @@ def _draw_filtered(rows: _Rows, params: Sequence[SamplingParams], scratch: Scrat
 
 
 def _pick(
-    rows: _Rows, params: Sequence[SamplingParams], values: Tensor, known: Tensor, scratch: Scratch
+    rows: _Rows, total: Tensor, params: Sequence[SamplingParams], found: Largest, scratch: Scratch
 ) -> tuple[list[int], list[bool]]:
-    """Draw from the first known[i] of values[i], the row's largest logits in descending order.
+    """Filter and draw from the largest logits. total [n]: the sum of all weights of each row.
 
     Returns the tokens, and for each whether the filters end within what is known (else its token means nothing).
     """
+    values, known = found.values, found.known
     device, vocab = values.device, rows.logits.shape[1]
-    top_k = torch.tensor([one.top_k or vocab for one in params], device=device).clamp(max=vocab)
+    top_k = torch.tensor([min(one.top_k or vocab, vocab) for one in params], device=device)
     top_p = torch.tensor([one.top_p for one in params], dtype=torch.float64, device=device)
     min_p = torch.tensor([one.min_p for one in params], dtype=torch.float64, device=device)
-    weights = weights_of(values, rows.largest, rows.temperature, scratch)
+    weights = weights_of(values, rows.highest, rows.temperature, scratch)
     cumulated = weights.cumsum(dim=-1, dtype=torch.int64)
     # top_p is a share of what top_k leaves.
     last_of_k = cumulated.gather(1, (top_k.clamp(max=values.shape[1]) - 1)[:, None])[:, 0]
-    total = torch.where(top_k < vocab, last_of_k, rows.total)
+    mass = torch.where(top_k < vocab, last_of_k, total)
     position = torch.arange(values.shape[1], device=device)
-    keep = (position < top_k[:, None]) & (cumulated - weights < (top_p * total)[:, None])
+    keep = (position < top_k[:, None]) & (cumulated - weights < (top_p * mass)[:, None])
     keep &= weights >= (min_p * UNIT)[:, None]
     kept = keep.sum(dim=-1)
     is_known = (known == vocab) | (top_k <= known) | ((top_k == vocab) & (kept < known))
     kept = torch.minimum(kept, known)
-    mass = cumulated.gather(1, (kept - 1)[:, None])[:, 0]
-    place = torch.searchsorted(cumulated, target(mass, rows.chance)[:, None], right=True)
+    left = cumulated.gather(1, (kept - 1)[:, None])[:, 0]
+    place = torch.searchsorted(cumulated, target(left, rows.chance)[:, None], right=True)
     value = values.gather(1, place)
     rank = place[:, 0] - (values > value).sum(dim=-1)
-    return nth_equal(rows.logits, value, rank), [bool(ok) for ok in is_known.tolist()]
+    return found.nth_equal(value, rank), [bool(ok) for ok in is_known.tolist()]
 
 
 # Log-probabilities

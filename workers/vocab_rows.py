@@ -10,7 +10,7 @@ Called by `workers.sampling` only.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,32 +36,32 @@ class Scratch:
         return found[:size].reshape(shape)
 
 
-def largest_ids(logits: Tensor) -> list[int]:
+def highest_ids(logits: Tensor) -> list[int]:
     """The id of each row's largest logit, the lowest of equals."""
     if logits.device.type == "cpu":
         return [int(token) for token in logits.numpy().argmax(axis=1)]
     return [int(token) for token in logits.argmax(dim=-1).tolist()]
 
 
-def largest_values(logits: Tensor) -> Tensor:
+def highest_values(logits: Tensor) -> Tensor:
     """[n, V] -> [n, 1]."""
     if logits.device.type == "cpu":
         return torch.from_numpy(logits.numpy().max(axis=1, keepdims=True))
     return logits.amax(dim=-1, keepdim=True)
 
 
-def weights_of(logits: Tensor, largest: Tensor, temperature: Tensor, scratch: Scratch) -> Tensor:
+def weights_of(logits: Tensor, highest: Tensor, temperature: Tensor, scratch: Scratch) -> Tensor:
     """int32 weights in proportion to the probabilities, UNIT for the most probable. logits [n, V], the others [n, 1].
 
     On the CPU the result lies in the scratch until the next call for a shape of its size.
     """
     if logits.device.type != "cpu":
-        return (((logits - largest) / temperature).exp() * UNIT).to(torch.int32)
+        return (((logits - highest) / temperature).exp() * UNIT).to(torch.int32)
     shape = (logits.shape[0], logits.shape[1])
     floats = scratch.array("floats", shape, np.float32)
     weights = scratch.array("weights", shape, np.int32)
     with np.errstate(over="ignore", under="ignore"):
-        np.subtract(logits.numpy(), largest.numpy(), out=floats)
+        np.subtract(logits.numpy(), highest.numpy(), out=floats)
         np.divide(floats, temperature.numpy(), out=floats)
         np.exp(floats, out=floats)
     np.multiply(floats, np.float32(UNIT), out=floats)
@@ -102,54 +102,61 @@ def draw_by_id(weights: Tensor, chance: Tensor) -> list[int]:
     return [int(token) for token in (block * _BLOCK + place)[:, 0].tolist()]
 
 
-def top_descending(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """logits [n, V] -> (values [n, C] in descending order, padded with -inf; how many of each row are known [n]).
+class Largest(NamedTuple):
+    """The largest logits of n rows. Values alone tell which are kept; ids are looked up for the one that is drawn.
 
-    Of each row at least `count` values are known, or all. Values only, not ids: of a sorted row every beginning is the same
-    whatever the algorithm, while the order of equal elements is not. On the CPU a row is cut into 4 * count interleaved blocks;
-    the count-th largest of the block maxima is a value that `count` elements reach at least and, as a rule, not many more, so
-    that one comparison leaves few values to sort.
+    values [n, C] in descending order, of row i the first known[i] (the rest is -inf). elements [n, E]: among them, in order
+    of ids, every one that is equal to a known value; ids [n, E] theirs (None: element e has id e).
+    """
+
+    values: Tensor
+    known: Tensor
+    elements: Tensor
+    ids: Tensor | None
+
+    def nth_equal(self, value: Tensor, rank: Tensor) -> list[int]:
+        """For each row the id of the element equal to value [n, 1] that comes after rank [n] others with lower ids."""
+        equal = self.elements == value
+        if equal.device.type == "cpu":
+            place = torch.from_numpy(equal.numpy().argmax(axis=1))
+        else:
+            place = equal.to(torch.int8).argmax(dim=-1).cpu()
+        for row, skip in enumerate(rank.tolist()):
+            if skip:
+                place[row] = equal[row].nonzero()[skip, 0]
+        found = place if self.ids is None else self.ids.gather(1, place[:, None])[:, 0]
+        return [int(token) for token in found.tolist()]
+
+
+def largest(logits: Tensor, count: int) -> Largest:
+    """At least `count` of each row's logits [n, V], or all of them.
+
+    On the CPU a row is cut into 4 * count interleaved blocks; the count-th largest of the block maxima is a value that `count`
+    elements reach at least and, as a rule, not many more, so that one comparison leaves few values to sort.
     """
     rows, vocab = logits.shape
     blocks = 4 * count
     if vocab < 2 * blocks:
-        return _full_descending(logits)
+        known = torch.full((rows,), vocab, device=logits.device)
+        if logits.device.type == "cpu":  # numpy sorts values several times as fast as torch sorts values with indices
+            return Largest(torch.from_numpy(-np.sort(-logits.numpy(), axis=1)), known, logits, None)
+        return Largest(logits.sort(dim=-1, descending=True).values, known, logits, None)
     if logits.device.type != "cpu":
-        values = logits.topk(count, dim=-1).values
-        return values, torch.full((rows,), count, device=logits.device)
+        known = torch.full((rows,), count, device=logits.device)
+        return Largest(logits.topk(count, dim=-1).values, known, logits, None)
     array = logits.numpy()
     depth = vocab // blocks
     maxima = array[:, : depth * blocks].reshape(rows, depth, blocks).max(axis=1)
     edge = np.partition(maxima, blocks - count, axis=1)[:, blocks - count]
     found = np.flatnonzero(array >= edge[:, None])
-    row = found // vocab
-    known = np.bincount(row, minlength=rows)
-    place = np.arange(len(found)) - np.repeat(np.cumsum(known) - known, known)
-    values = np.full((rows, known.max()), np.inf, dtype=np.float32)
-    values[row, place] = -array.reshape(-1)[found]
-    values.sort(axis=1)
-    return torch.from_numpy(-values), torch.from_numpy(known)
-
-
-def _full_descending(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with all V values of each row known."""
-    rows, vocab = logits.shape
-    if logits.device.type == "cpu":  # numpy sorts values several times as fast as torch sorts values with indices
-        values = torch.from_numpy(-np.sort(-logits.numpy(), axis=1))
-    else:
-        values = logits.sort(dim=-1, descending=True).values
-    return values, torch.full((rows,), vocab, device=logits.device)
-
-
-def nth_equal(logits: Tensor, value: Tensor, rank: Tensor) -> list[int]:
-    """For each row of [n, V] the id of the element equal to value [n, 1] that comes after rank [n] others with lower ids."""
-    equal = torch.from_numpy(logits.numpy() == value.numpy()) if logits.device.type == "cpu" else logits == value
-    if logits.device.type == "cpu":
-        first = equal.numpy().argmax(axis=1)
-    else:
-        first = equal.to(torch.int8).argmax(dim=-1).cpu().numpy()
-    ids = [int(token) for token in first]
-    for row, skip in enumerate(rank.tolist()):
-        if skip:
-            ids[row] = int(equal[row].nonzero()[skip, 0])
-    return ids
+    row, token = np.divmod(found, vocab)
+    counts = np.bincount(row, minlength=rows)
+    place = np.arange(len(found)) - np.repeat(np.cumsum(counts) - counts, counts)
+    elements = np.full((rows, counts.max()), -np.inf, dtype=np.float32)
+    ids = np.zeros(elements.shape, dtype=np.int64)
+    elements[row, place] = array.reshape(-1)[found]
+    ids[row, place] = token
+    descending = -np.sort(-elements, axis=1)
+    return Largest(
+        torch.from_numpy(descending), torch.from_numpy(counts), torch.from_numpy(elements), torch.from_numpy(ids)
+    )
