@@ -51,7 +51,6 @@ class WorkerLink:
         self.stats: Stats | None = None
         self.connected = False
         self.problem = "not connected yet"
-        self.reconnects = 0
         self._useful = False  # in this session the worker said more than Welcome
         self._hello = hello
         self._model_id = model_id
@@ -94,7 +93,6 @@ class WorkerLink:
             reader, self._writer = await open_stream(self.target.address)
             self._writer.write(self._codec.encode(self._hello))
             welcome = self._check(await self._codec.read(reader))
-        self.reconnects += self.welcome is not None
         self.welcome, self.stats, self.connected, self.problem = welcome, None, True, ""
         log.info("worker %s (incarnation %d) is connected", self.worker_id, welcome.incarnation)
         self._events.on_up(self, welcome)

@@ -5,7 +5,7 @@ One registry for each gateway, so that two in one process (tests) do not collide
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -42,7 +42,12 @@ class GatewayMetrics:
     """`live` and `waiting` are asked at each scrape."""
 
     def __init__(
-        self, *, live: Callable[[], int], waiting: Callable[[], int], links: Callable[[], Iterable[WorkerLink]]
+        self,
+        *,
+        live: Callable[[], int],
+        waiting: Callable[[], int],
+        links: Callable[[], Iterable[WorkerLink]],
+        connections: Mapping[str, int],
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
@@ -80,7 +85,7 @@ class GatewayMetrics:
         )
         self._gauge("flexpert_requests_live", "Choices that are queued or running.", live)
         self._gauge("flexpert_requests_waiting", "Choices that no worker has taken yet.", waiting)
-        self._registry.register(_WorkerCollector(links))
+        self._registry.register(_WorkerCollector(links, connections))
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
@@ -111,20 +116,26 @@ class _WorkerCollector(Collector):
         ("flexpert_worker_preemptions", "Requests put back for want of KV.", "preemptions"),
     )
 
-    def __init__(self, links: Callable[[], Iterable[WorkerLink]]) -> None:
+    def __init__(self, links: Callable[[], Iterable[WorkerLink]], connections: Mapping[str, int]) -> None:
         self._links = links
+        self._connections = connections
 
     def collect(self) -> Iterator[Metric]:
         links = list(self._links())
         up = GaugeMetricFamily(
             "flexpert_worker_up", "Whether the worker is connected to this gateway.", labels=["worker"]
         )
-        reconnects = CounterMetricFamily("flexpert_worker_reconnects", "Times the worker came back.", labels=["worker"])
+        connections = CounterMetricFamily(
+            "flexpert_worker_connections",
+            "Streams opened to the worker; each replacement is one more.",
+            labels=["worker"],
+        )
         for link in links:
             up.add_metric([link.worker_id], float(link.connected))
-            reconnects.add_metric([link.worker_id], link.reconnects)
+        for worker_id, count in self._connections.items():
+            connections.add_metric([worker_id], count)
         yield up
-        yield reconnects
+        yield connections
         for name, text, field in self._GAUGES:
             yield _fill(GaugeMetricFamily(name, text, labels=["worker"]), links, field)
         for name, text, field in self._COUNTERS:

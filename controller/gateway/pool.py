@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable
 
 from flexpert.controller.gateway.config import WorkerAddress
@@ -38,6 +39,7 @@ class WorkerPool:
         self._limits: Welcome | None = None
         self._limits_known = asyncio.Event()
         self._closed = False
+        self.connections: Counter[str] = Counter()  # by worker, also of those that are gone
         self.live = LiveTable()
 
     # What the rest of the gateway asks
@@ -112,6 +114,7 @@ class WorkerPool:
     # What the links tell
 
     def on_up(self, link: WorkerLink, welcome: Welcome) -> None:
+        self.connections[link.worker_id] += 1
         self._limits = welcome
         self._limits_known.set()
         self._update_capacity()

@@ -127,7 +127,10 @@ class Gateway:
         pool = self._pool
         self._admission = Admission(max_queued=self.config.max_queued, capacity=lambda: pool.capacity_choices)
         metrics = GatewayMetrics(
-            live=lambda: len(pool.live), waiting=lambda: len(pool.live.waiting), links=lambda: pool.links
+            live=lambda: len(pool.live),
+            waiting=lambda: len(pool.live.waiting),
+            links=lambda: pool.links,
+            connections=pool.connections,
         )
         parts = Parts(
             model_id=self.config.model_id,

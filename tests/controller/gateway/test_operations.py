@@ -91,6 +91,9 @@ def test_ready_follows_the_workers(harness: Any) -> None:
     harness.ask_until(lambda: not gateway._pool.ready)
     assert httpx.get(f"{gateway.url}/ready").status_code == 503
     assert httpx.get(f"{gateway.url}/health").json()["status"] == "ok"
+    harness.run(worker.start())
+    harness.ask_until(lambda: gateway._pool.ready)
+    assert 'flexpert_worker_connections_total{worker="worker-0"} 2.0' in httpx.get(f"{gateway.url}/metrics").text
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ class Watched:
         self, tokenizer: ModelTokenizer, *, stops: tuple[str, ...] = (), stream: bool = True, **params: Any
     ) -> None:
         self.wakes = 0
-        self.metrics = GatewayMetrics(live=int, waiting=int, links=list)
+        self.metrics = GatewayMetrics(live=int, waiting=int, links=list, connections={})
         self.output = ChoiceOutput(
             index=0,
             params=SamplingParams(max_tokens=99, seed=0, logprobs=0, **params),
