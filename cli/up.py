@@ -44,6 +44,7 @@ from flexpert.workers.process_log import open_process_log
 log = logging.getLogger(__name__)
 
 WATCH_S = 0.25
+ANSWER_S = 2.0  # then it is looked whether Ray still runs
 CONTROLLER_RESTART_S = 30.0
 END_GRACE_S = 3.0
 SAME_SIGNAL_S = 0.5
@@ -203,6 +204,9 @@ class _Up:
         after, ready, stopping = past[-1]["sequence"] if past else 0, False, False
         while not self._hurry.is_set():
             state = await self._watch(after)
+            if not self._ray.alive:
+                self._lost_ray()
+                return
             if state is None:
                 continue
             after = state["last"]
@@ -228,14 +232,21 @@ class _Up:
                 await self._call("stop")
         self._screen.step("ending at once")
 
+    def _lost_ray(self) -> None:
+        """A signal to the whole process group, as from a closed terminal, ends Ray's processes too: there is nothing left to drain."""
+        if not self._stop_asked.is_set():
+            raise CommandError(
+                "ray", "Ray's processes ended unexpectedly; see `flexpert logs up`, and start again with `flexpert up`"
+            )
+        self._screen.step("Ray was ended by the same signal; ending at once")
+
     async def _watch(self, after: int) -> dict[str, Any] | None:
-        """The controller's news; None where a signal came first."""
-        asked = asyncio.create_task(self._call("watch", after, WATCH_S))
-        signals = {asyncio.create_task(self._hurry.wait())}
-        done, pending = await asyncio.wait({asked, *signals}, return_when=asyncio.FIRST_COMPLETED)
+        """The controller's news; None where there are none in time, or a signal came first."""
+        waits = {asyncio.create_task(self._call("watch", after, WATCH_S)), asyncio.create_task(self._hurry.wait())}
+        done, pending = await asyncio.wait(waits, timeout=ANSWER_S, return_when=asyncio.FIRST_COMPLETED)
         for task in pending:
             task.cancel()
-        return asked.result() if asked in done else None
+        return next((task.result() for task in done if isinstance(task.result(), dict)), None)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         """Ask the controller; while Ray restarts it, ask again."""
@@ -292,21 +303,12 @@ class _Up:
         self._screen.end_progress()
         started = self._ray is not None
         if started:
-            with contextlib.suppress(Exception):
-                self._kill_actors()
-            self._ray.shutdown()
+            self._ray.shutdown(f"{self._options.name}:")
         end_all(children(ProcessId.own()), grace_s=END_GRACE_S)
         for line in clean_up(self._runtime, stop_manager=True):
             log.info("%s", line)
         if started:
             self._screen.step("ended")
-
-    def _kill_actors(self) -> None:
-        from flexpert.controller import ray_cluster
-
-        if self._controller is not None:
-            ray_cluster.kill_actor(self._controller)
-        ray_cluster.kill_actors(f"{self._options.name}:")
 
 
 def _interrupt(number: int, frame: object) -> None:

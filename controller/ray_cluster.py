@@ -7,11 +7,13 @@ A call to an actor whose process is gone raises ActorGone, within milliseconds a
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flexpert.controller.processes import ProcessId, children
 
+END_S = 15.0
+DEAD_RAY_S = 3.0
 NAMESPACE = "flexpert"
 OBJECT_STORE_BYTES = 80 << 20  # control messages only; Ray's own minimum is 75 MiB
 log = logging.getLogger(__name__)
@@ -61,19 +65,39 @@ class RayCluster:
                     address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES,
                     _temp_dir=str(temp_dir), **quiet,
                 )  # fmt: skip
-        except Exception as error:
+        except BaseException as error:
             if temp_dir is not None:
                 ray.shutdown()
                 shutil.rmtree(temp_dir, ignore_errors=True)
+            if not isinstance(error, Exception):
+                raise
             where = f"the Ray cluster at {address} (RAY_ADDRESS) cannot be joined" if address else "Ray did not start"
             raise RayUnavailable(f"{where}: {error}") from error
         return cls(temp_dir=temp_dir)
 
-    def shutdown(self) -> None:
-        """Leave the cluster; a private one ends, and its files go."""
-        ray.shutdown()
+    @property
+    def alive(self) -> bool:
+        """Whether the processes run without which no call to a private Ray returns; for one that was joined it is not known."""
+        return all(process.alive for process in self.processes if process.name in ("gcs_server", "raylet"))
+
+    def shutdown(self, actors: str) -> None:
+        """Leave the cluster; a private one ends, and its files go. In one that was joined, actors named so are ended first.
+
+        Returns within END_S also where Ray is dying, as when the same signal reached its processes: their pids are the caller's to end.
+        """
+        leaving = threading.Thread(target=self._leave, args=(actors,), daemon=True)
+        leaving.start()
+        leaving.join(END_S if self.alive else DEAD_RAY_S)
+        if leaving.is_alive():
+            log.warning("Ray does not answer; leaving without its consent")
+            atexit.unregister(ray.shutdown)  # it would wait for the dead at the end of this process
         if self.temp_dir is not None:
             shutil.rmtree(self.temp_dir, ignore_errors=True)
+
+    def _leave(self, actors: str) -> None:
+        if self.temp_dir is None:
+            kill_actors(actors)
+        ray.shutdown()
 
 
 def node_id() -> str:

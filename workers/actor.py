@@ -39,6 +39,8 @@ ERROR_KINDS = {
     "OutOfMemoryError": ("memory", True),
     "HbmError": ("internal", False),
 }
+# A worker's own objections, told apart by how they begin.
+SETTINGS_KINDS = (("no memory", "memory"), ("device", "device"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,8 @@ class StartFailure:
         for base in type(error).__mro__:
             if base.__name__ in ERROR_KINDS:
                 kind, permanent = ERROR_KINDS[base.__name__]
+                if kind == "settings":
+                    kind = next((found for start, found in SETTINGS_KINDS if str(error).startswith(start)), kind)
                 return cls(kind=kind, message=str(error), permanent=permanent)
         return cls(kind="internal", message=f"{type(error).__name__}: {error}", permanent=False)
 

@@ -20,6 +20,10 @@ class UnservableModelError(Exception):
     """Named like the one of workers.model, which imports torch."""
 
 
+class WorkerStartError(Exception):
+    """Named like the one of workers.process."""
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "permanent"),
     [
@@ -27,6 +31,9 @@ class UnservableModelError(Exception):
         (LoadError("short file"), "checkpoint", True),
         (BudgetError("no granules"), "memory", True),
         (LimitError("descriptors"), "limits", True),
+        (WorkerStartError("max context: found 9"), "settings", True),
+        (WorkerStartError("no memory for KV: found 0"), "memory", True),
+        (WorkerStartError("device cuda: torch finds none"), "device", True),
         (MemoryError("no"), "memory", True),
         (ManagerGoneError("gone"), "internal", False),
         (RuntimeError("boom"), "internal", False),
