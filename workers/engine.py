@@ -129,7 +129,7 @@ class Engine:
         except Exception as error:
             log.exception("step %d failed; its %d requests end with an error", plan.step, len(plan.rows))
             self._fail(plan, error)
-        self._send_stats()
+        self._send_stats(force=not self._live)
         return True
 
     def _compute(self, plan: StepPlan, began_s: float) -> None:
