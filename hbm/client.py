@@ -34,6 +34,7 @@ from flexpert.hbm.loading import LoadPlan, check_plan, with_absolute_paths
 ManagerInfo = m.Info
 ANSWER_TIMEOUT_S = 30.0
 TAKEOVER_TIMEOUT_S = 60.0
+LAST_WORDS_TIMEOUT_S = 1.0
 
 Answer = TypeVar("Answer")
 
@@ -348,10 +349,14 @@ class HbmClient:
             try:
                 self._sock.sendall(frame)
             except OSError as error:
-                self.require_open()
-                # A part of the frame may have gone out: nothing can follow it.
+                # A part of the frame may have gone out: nothing can follow it. Why it ended may still be there to be read.
+                with contextlib.suppress(OSError):
+                    self._sock.shutdown(socket.SHUT_WR)
+                if threading.current_thread() is not self._reader:
+                    self._reader.join(LAST_WORDS_TIMEOUT_S)
                 with contextlib.suppress(OSError):
                     self._sock.shutdown(socket.SHUT_RDWR)
+                self.require_open()
                 raise ManagerGoneError(f"the HBM manager takes no messages: {error}") from error
 
     # The reader thread
