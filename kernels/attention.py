@@ -52,7 +52,7 @@ class _Chunk:
     query_rows: Tensor  # [kv_heads * pairs * height] rows of the [tokens * heads, head_dim] queries
     kv_rows: Tensor  # [blocks * 128] rows of the arena, one run for each distinct (request, block)
     pair_block: Tensor | None  # [pairs] index of the pair's block, None where pairs are the blocks
-    bias: Tensor  # [pairs, height, 128] float32, 0 or MASKED; expanded where all rows of a tile share it
+    bias: Tensor  # [pairs, height or 1, 128] float32, 0 or MASKED; 1 where all rows of each tile share it
     pair_tile: Tensor  # [pairs]
     tiles_with_block: tuple[int, ...]  # for each block rank, how many tiles (the first so many) have it
     tile_heads: Tensor  # [kv_heads * tiles * height] query head of each row, for sinks
@@ -129,7 +129,7 @@ class AttentionPlan:
                 query_rows=torch.from_numpy(query_rows.reshape(-1)),
                 kv_rows=torch.from_numpy(kv_rows.reshape(-1)),
                 pair_block=pair_block,
-                bias=_bias(requests.start[request][:, None] + offset, pair_tile, block, height, window),
+                bias=_bias(requests.start[request][:, None] + offset, pair_tile, block, window),
                 pair_tile=torch.from_numpy(pair_tile),
                 tiles_with_block=tiles_with_block,
                 tile_heads=torch.from_numpy(heads.reshape(-1)),
@@ -148,10 +148,8 @@ def _runs(values: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
-def _bias(
-    query_position: np.ndarray, pair_tile: np.ndarray, block: np.ndarray, height: int, window: int | None
-) -> Tensor:
-    """[pairs, height, 128]: 0 where the query may see the key, MASKED elsewhere."""
+def _bias(query_position: np.ndarray, pair_tile: np.ndarray, block: np.ndarray, window: int | None) -> Tensor:
+    """[pairs, height or 1, 128]: 0 where the query may see the key, MASKED elsewhere."""
     if bool((query_position[:, :1] == query_position).all()):
         query_position = query_position[:, :1]
     query = query_position[pair_tile][:, :, None]
@@ -159,8 +157,7 @@ def _bias(
     visible = key <= query
     if window is not None:
         visible &= key > query - window
-    bias = torch.from_numpy(np.where(visible, np.float32(0), np.float32(MASKED)))
-    return bias.expand(-1, height, -1)
+    return torch.from_numpy(np.where(visible, np.float32(0), np.float32(MASKED)))
 
 
 KeysAndValues = Callable[[Tensor], tuple[Sequence[Tensor], Sequence[Tensor]]]
@@ -181,9 +178,9 @@ def attend(
     sinks [heads]: a logit that takes part in the softmax and has no value (gpt-oss). softcap: scores become cap * tanh(scores / cap).
     """
     heads, tokens, _ = query.shape
-    flat_query = query.transpose(0, 1).reshape(tokens * heads, -1).float()
+    flat_query = query.transpose(0, 1).reshape(tokens * heads, -1).float() * scaling
     outputs = [
-        _attend_chunk(flat_query, read, chunk, plan.kv_heads, scaling, sinks, softcap) for chunk in plan.chunks
+        _attend_chunk(flat_query, read, chunk, plan.kv_heads, sinks, softcap) for chunk in plan.chunks
     ]
     flat = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return flat.index_select(0, plan.output_rows).view(tokens, heads, -1).to(query.dtype)
@@ -194,7 +191,6 @@ def _attend_chunk(
     read: KeysAndValues,
     chunk: _Chunk,
     kv_heads: int,
-    scaling: float,
     sinks: Tensor | None,
     softcap: float | None,
 ) -> Tensor:
@@ -204,13 +200,10 @@ def _attend_chunk(
     keys, values = read(chunk.kv_rows)
     scores = queries.new_empty(kv_heads, pairs, chunk.height, KEY_BLOCK)
     for head in range(kv_heads):
-        key = _blocks(keys[head], chunk).transpose(1, 2)
-        if softcap is None:
-            torch.baddbmm(chunk.bias, queries[head], key, alpha=scaling, out=scores[head])
-        else:
-            torch.bmm(queries[head], key, out=scores[head])
+        torch.bmm(queries[head], _blocks(keys[head], chunk).transpose(1, 2), out=scores[head])
     if softcap is not None:
-        scores = scores.mul_(scaling / softcap).tanh_().mul_(softcap).add_(chunk.bias)
+        scores.div_(softcap).tanh_().mul_(softcap)
+    scores += chunk.bias
     probabilities = scores.softmax(-1)
     partial = probabilities.new_empty(kv_heads, pairs, chunk.height, values[0].shape[-1])
     for head in range(kv_heads):
