@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,10 @@ class WorkerProcess:
 
     # Weights
 
+    @cached_property
+    def _weights_key(self) -> str:
+        return weights_key(self.config.model_dir, self._dtype_name())
+
     def _dtype_name(self) -> str:
         return self.config.dtype or ("float32" if self.config.device == "cpu" else "bfloat16")
 
@@ -210,7 +215,8 @@ class WorkerProcess:
             self.config.manager_socket, client_name=self.config.worker_id, fencing_token=self.config.incarnation
         )
         self._client = client
-        key = weights_key(self.config.model_dir, self._dtype_name())
+        key = self._weights_key
+        drop_leftovers(client, keep_weights=key, keep_arena=f"kv:{key}")
         state = client.weights_state(key)
         if state is None or state.state != "ready":
             plan = plan_weights(servable, self._dtype_name())
@@ -268,13 +274,14 @@ class WorkerProcess:
         if self._client is None or self.config.device != "cpu":
             return self._open_private_kv(slots, token_bytes, max_context_tokens)
         info = self._client.info()
+        name = f"kv:{self._weights_key}"
         slot_bytes = round_up(max_context_tokens * token_bytes, info.granule_bytes)
-        kv_bytes = self.config.kv_bytes or min(info.free_bytes, MAX_DEFAULT_KV_BYTES)
+        # What an earlier incarnation holds under this name is handed over, or freed first.
+        held_bytes = sum(arena.granules * info.granule_bytes for arena in info.arenas if arena.name == name)
+        kv_bytes = self.config.kv_bytes or min(info.free_bytes + held_bytes, MAX_DEFAULT_KV_BYTES)
         granules = min(kv_bytes // info.granule_bytes, slots * slot_bytes // info.granule_bytes)
         self._require_kv(granules * info.granule_bytes, token_bytes)
-        arena: KvArena = self._client.open_kv_arena(
-            f"kv:{self.config.model_id}", slots=slots, slot_bytes=slot_bytes, granules=granules
-        )
+        arena: KvArena = self._client.open_kv_arena(name, slots=slots, slot_bytes=slot_bytes, granules=granules)
         geometry = KvGeometry(
             slots=slots,
             max_context_tokens=max_context_tokens,
@@ -314,6 +321,19 @@ class WorkerProcess:
 def round_up(value: int, multiple: int) -> int:
     """The least multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple
+
+
+def drop_leftovers(client: HbmClient, *, keep_weights: str, keep_arena: str) -> None:
+    """Free what an earlier model left on this device: weights nobody maps, KV nobody holds. One device serves one model."""
+    info = client.info()
+    for weights in info.weights:
+        if weights.key != keep_weights and not weights.readers and weights.state != "dropped":
+            log.info("dropping %d bytes of weights that nobody uses any more", weights.nbytes)
+            client.drop_weights(weights.key)
+    for arena in info.arenas:
+        if arena.name != keep_arena and arena.holder_pid == 0:
+            log.info("dropping a KV arena of %d granules that nobody uses any more", arena.granules)
+            client.drop_kv_arena(arena.name)
 
 
 def weights_key(model_dir: Path, dtype: str) -> str:

@@ -208,6 +208,28 @@ def test_no_memory_for_weights_is_said_in_bytes_and_the_manager_goes_on(model_di
         shutil.rmtree(runtime_dir)
 
 
+def test_another_model_takes_the_place_of_what_nobody_uses(manager, model_dir, tmp_path):
+    other_dir = tmp_path / "other"
+    make_model("qwen3_moe", num_hidden_layers=1).save_pretrained(other_dir)
+    for folder in (model_dir, other_dir):
+        worker = in_process(folder, manager_socket=Path(manager.socket_path), kv_bytes=8 << 20)
+        worker.start()
+        worker.stop()
+    with HbmClient.connect(manager.socket_path, client_name="after") as client:
+        info = client.info()
+    assert (len(info.weights), len(info.arenas)) == (1, 1)
+
+
+def test_a_replacement_gets_all_the_kv_memory_its_predecessor_had(manager, model_dir):
+    held = []
+    for incarnation in (1, 2):
+        worker = in_process(model_dir, manager_socket=Path(manager.socket_path), incarnation=incarnation)
+        worker.start()
+        held.append(worker.status()["kv_bytes"])
+        worker.stop()
+    assert held[0] == held[1] > 0
+
+
 def test_a_context_beyond_the_models_own_is_refused(model_dir):
     with pytest.raises(WorkerStartError, match="made for at most"):
         in_process(model_dir, max_context_tokens=1 << 20).start()
