@@ -20,10 +20,10 @@ def philox4x32(counter: NDArray[np.uint64], key: NDArray[np.uint64], *, rounds: 
     """counter [4, n] and key [2, n], 32-bit words in 64-bit integers, to n blocks of four random words [4, n]."""
     even, odd = counter[0::2], counter[1::2]
     for _ in range(rounds):
-        product = _MULTIPLIERS * even
         # The words swap places: the high half of one product meets the odd word of the other pair.
-        even = (product[::-1] >> _WORD) ^ odd ^ key
-        odd = product[::-1] & _LOW
+        product = (_MULTIPLIERS * even)[::-1]
+        even = (product >> _WORD) ^ odd ^ key
+        odd = product & _LOW
         key = (key + _WEYL) & _LOW
     return np.stack([even[0], odd[0], even[1], odd[1]])
 

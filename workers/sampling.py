@@ -36,6 +36,7 @@ from flexpert.workers.vocab_rows import (
     highest_ids,
     highest_values,
     largest,
+    one_thread,
     target,
     totals,
     weights_of,
@@ -46,8 +47,9 @@ __all__ = ["Sampled", "Sampler", "SamplingState", "prompt_logprobs"]
 Top = tuple[tuple[int, float], ...]
 
 _SCORED_ROWS = 64  # prompt_logprobs: rows whose log-softmax is in memory at a time
-# How many of the largest logits the filters look at, first of all rows, then (a few rows at a time) where that is not enough.
-_LOOKS = ((64, 1 << 20), (512, 64), (1 << 62, 8))
+# How many of the largest logits the filters look at, first of all rows, then where that is not enough; and of how many rows at
+# a time on the CPU, so that arrays stay in cache.
+_LOOKS = ((64, 256), (512, 64), (1 << 62, 8))
 
 
 class Sampled(NamedTuple):
@@ -134,6 +136,10 @@ class Sampler:
         """logits: float32 [R, V], row i belongs to states[i]; neither is changed. Raises FloatingPointError on NaN."""
         if logits.shape[0] != len(states):
             raise ValueError(f"{logits.shape[0]} rows of logits for {len(states)} requests: one row each is needed")
+        with one_thread(logits.device):
+            return self._sample(logits, states)
+
+    def _sample(self, logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
         edited = _edit(logits, states)
         random = [row for row, state in enumerate(states) if not state.is_greedy]
         if not random:
@@ -279,6 +285,7 @@ def _draw_filtered(rows: _Rows, params: Sequence[SamplingParams], scratch: Scrat
     tokens = [0] * len(params)
     left = list(range(len(params)))
     for count, chunk in _LOOKS:
+        chunk = chunk if rows.logits.device.type == "cpu" else max(1, len(left))
         undecided: list[int] = []
         for first in range(0, len(left), chunk):
             chosen = left[first : first + chunk]

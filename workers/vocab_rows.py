@@ -10,6 +10,8 @@ Called by `workers.sampling` only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch import Tensor
 
 # The weight of the most probable token. Tokens less than 2^-30 as probable are never drawn; 2^23 of them sum below 2^53.
 UNIT = 1 << 30
+_IN_CACHE = 1 << 15  # elements that are taken through all steps of the arithmetic together
 _BLOCK = 64  # tokens summed together on the way to the one that is drawn
 
 
@@ -34,6 +37,20 @@ class Scratch:
         if found is None or found.size < size:
             found = self._arrays[name] = np.empty(size, dtype=dtype)
         return found[:size].reshape(shape)
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On the CPU keep torch, too, to the calling thread; switching costs well under a microsecond."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def highest_ids(logits: Tensor) -> list[int]:
@@ -60,12 +77,17 @@ def weights_of(logits: Tensor, highest: Tensor, temperature: Tensor, scratch: Sc
     shape = (logits.shape[0], logits.shape[1])
     floats = scratch.array("floats", shape, np.float32)
     weights = scratch.array("weights", shape, np.int32)
+    source, top, heat = logits.numpy(), highest.numpy(), temperature.numpy()
+    step = max(1, _IN_CACHE // shape[1])
     with np.errstate(over="ignore", under="ignore"):
-        np.subtract(logits.numpy(), highest.numpy(), out=floats)
-        np.divide(floats, temperature.numpy(), out=floats)
-        np.exp(floats, out=floats)
-    np.multiply(floats, np.float32(UNIT), out=floats)
-    np.copyto(weights, floats, casting="unsafe")
+        for first in range(0, shape[0], step):
+            rows = slice(first, first + step)
+            part = floats[rows]
+            np.subtract(source[rows], top[rows], out=part)
+            np.divide(part, heat[rows], out=part)
+            np.exp(part, out=part)
+            np.multiply(part, np.float32(UNIT), out=part)
+            np.copyto(weights[rows], part, casting="unsafe")
     return torch.from_numpy(weights)
 
 
@@ -131,11 +153,11 @@ class Largest(NamedTuple):
 def largest(logits: Tensor, count: int) -> Largest:
     """At least `count` of each row's logits [n, V], or all of them.
 
-    On the CPU a row is cut into 4 * count interleaved blocks; the count-th largest of the block maxima is a value that `count`
+    On the CPU a row is cut into 2 * count interleaved blocks; the count-th largest of the block maxima is a value that `count`
     elements reach at least and, as a rule, not many more, so that one comparison leaves few values to sort.
     """
     rows, vocab = logits.shape
-    blocks = 4 * count
+    blocks = 2 * count
     if vocab < 2 * blocks:
         known = torch.full((rows,), vocab, device=logits.device)
         if logits.device.type == "cpu":  # numpy sorts values several times as fast as torch sorts values with indices
@@ -149,13 +171,15 @@ def largest(logits: Tensor, count: int) -> Largest:
     maxima = array[:, : depth * blocks].reshape(rows, depth, blocks).max(axis=1)
     edge = np.partition(maxima, blocks - count, axis=1)[:, blocks - count]
     found = np.flatnonzero(array >= edge[:, None])
-    row, token = np.divmod(found, vocab)
-    counts = np.bincount(row, minlength=rows)
-    place = np.arange(len(found)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.arange(rows) * vocab
+    begins = np.searchsorted(found, starts)
+    counts = np.diff(begins, append=len(found))
+    row = np.repeat(np.arange(rows), counts)
+    place = np.arange(len(found)) - begins[row]
     elements = np.full((rows, counts.max()), -np.inf, dtype=np.float32)
     ids = np.zeros(elements.shape, dtype=np.int64)
     elements[row, place] = array.reshape(-1)[found]
-    ids[row, place] = token
+    ids[row, place] = found - starts[row]
     descending = -np.sort(-elements, axis=1)
     return Largest(
         torch.from_numpy(descending), torch.from_numpy(counts), torch.from_numpy(elements), torch.from_numpy(ids)
