@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -136,7 +137,9 @@ class AttentionPlan:
             )
         )
         # Each (token, head) of the tile, once: rows past the last of the tile would only repeat it.
-        outputs = self._outputs + np.arange(self.kv_heads * num_tiles * height).reshape(self.kv_heads, num_tiles, height)
+        outputs = self._outputs + np.arange(self.kv_heads * num_tiles * height).reshape(
+            self.kv_heads, num_tiles, height
+        )
         real = np.broadcast_to(first[:, None] + np.arange(height) <= last[:, None], outputs.shape)
         self._output_rows[np.broadcast_to(token, outputs.shape)[real], heads[real]] = outputs[real]
         self._outputs += outputs.size
@@ -145,7 +148,7 @@ class AttentionPlan:
 def _runs(values: np.ndarray) -> list[tuple[int, int]]:
     """[begin, end) of the runs of equal neighbours."""
     edges = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def _bias(query_position: np.ndarray, pair_tile: np.ndarray, block: np.ndarray, window: int | None) -> Tensor:
@@ -179,9 +182,7 @@ def attend(
     """
     heads, tokens, _ = query.shape
     flat_query = query.transpose(0, 1).reshape(tokens * heads, -1).float() * scaling
-    outputs = [
-        _attend_chunk(flat_query, read, chunk, plan.kv_heads, sinks, softcap) for chunk in plan.chunks
-    ]
+    outputs = [_attend_chunk(flat_query, read, chunk, plan.kv_heads, sinks, softcap) for chunk in plan.chunks]
     flat = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return flat.index_select(0, plan.output_rows).view(tokens, heads, -1).to(query.dtype)
 
@@ -219,9 +220,7 @@ def _blocks(rows: Tensor, chunk: _Chunk) -> Tensor:
     return blocks if chunk.pair_block is None else blocks.index_select(0, chunk.pair_block)
 
 
-def _combine(
-    chunk: _Chunk, scores: Tensor, probabilities: Tensor, partial: Tensor, sinks: Tensor | None
-) -> Tensor:
+def _combine(chunk: _Chunk, scores: Tensor, probabilities: Tensor, partial: Tensor, sinks: Tensor | None) -> Tensor:
     """The blocks of each tile, each normalised by itself, into one: [kv_heads, tiles, height, value_dim].
 
     With m and l the block's maximum and sum, a block weighs l * exp(m - M) / sum over blocks. Of a row that sees one block the weight is

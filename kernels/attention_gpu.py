@@ -1,8 +1,9 @@
 """Attention on a GPU in plain torch: flash attention over the gaps of the KV arena, and a masked product where it does not fit.
 
-`flash` reads each request's keys and values where they lie: `cu_seqlens_k` gives where they begin and `seqused_k` how many there are, so that
-neither gathering nor a page table is needed, and nothing depends on the host (a decode step can be captured in a CUDA graph). `masked` gathers
-and pads; it is for head sizes flash attention does not take, for latents and for tests.
+`flash` reads each request's keys and values where they lie: `cu_seqlens_k` gives where they begin and `seqused_k` how many there are,
+so that
+neither gathering nor a page table is needed, and nothing depends on the host (a decode step can be captured in a CUDA graph). `masked`
+gathers and pads; it is for head sizes flash attention does not take, for latents and for tests.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def flash(
 ) -> Tensor:
     """query [tokens, heads, dim] -> [tokens, heads, dim]. keys, values: [arena tokens, kv_heads, dim], any token stride.
 
-    query_begins, key_begins: int32 [requests + 1]; keys_used: int32 [requests], the request's new tokens included; its queries are the last of
-    them. A sink is one more logit without a value, so the result shrinks by exp(lse) / (exp(lse) + exp(sink)).
+    query_begins, key_begins: int32 [requests + 1]; keys_used: int32 [requests], the request's new tokens included; its queries are the
+    last of them. A sink is one more logit without a value, so the result shrinks by exp(lse) / (exp(lse) + exp(sink)).
     """
     output, logsumexp, *_ = _flash_operator()(
         query,

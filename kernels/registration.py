@@ -7,6 +7,8 @@ the kernels also work alone, without a cluster.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -24,12 +26,11 @@ def register() -> str:
 
 
 def run_experts(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """[tokens, H] -> [tokens, H]; what transformers calls in place of an experts module's forward."""
-    prepared = getattr(module, "flexpert_experts", None)
-    if prepared is not None:
-        return prepared(hidden, top_k_index, top_k_weights)
+    """[tokens, H] -> [tokens, H], without gradients; what transformers calls in place of an experts module's forward."""
     with torch.no_grad():
-        return experts_forward(hidden, top_k_index, top_k_weights, _slabs_of_parameters(module))
+        if getattr(module, "flexpert_experts", None) is None:
+            module.flexpert_experts = partial(experts_forward, slabs=_slabs_of_parameters(module))
+        return module.flexpert_experts(hidden, top_k_index, top_k_weights)
 
 
 def up_name(module: nn.Module) -> str:
@@ -43,23 +44,20 @@ def activation(module: nn.Module):  # type: ignore[no-untyped-def]
 
 
 def _slabs_of_parameters(module: nn.Module) -> ExpertSlabs:
-    """Gate, up and down copied into one arena on the first call (the module keeps it)."""
+    """Gate, up and down copied into one arena, once."""
     up, down = getattr(module, up_name(module)).detach(), module.down_proj.detach()
     arena = torch.cat([up.flatten(1), down.flatten(1)], dim=1)
     parts = {
         up_name(module): SlabPart(0, (up.shape[1], up.shape[2])),
         "down_proj": SlabPart(up[0].numel(), (down.shape[1], down.shape[2])),
     }
-    bias = {name: getattr(module, f"{name}_bias", None) for name in (up_name(module), "down_proj")}
-    slabs = ExpertSlabs(
+    return ExpertSlabs(
         arena=arena.view(-1),
         slot_stride=arena.shape[1],
         slots=range(len(up)),
         parts=parts,
         transposed=module.is_transposed,
         activate=activation(module),
-        up_bias=None if bias[up_name(module)] is None else bias[up_name(module)].detach(),
-        down_bias=None if bias["down_proj"] is None else bias["down_proj"].detach(),
+        up_bias=getattr(module, f"{up_name(module)}_bias", None),
+        down_bias=getattr(module, "down_proj_bias", None),
     )
-    module.flexpert_experts = lambda *args: experts_forward(*args, slabs)
-    return slabs

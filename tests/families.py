@@ -24,8 +24,17 @@ _COMMON = dict(
     vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
     bos_token_id=None, eos_token_id=1, pad_token_id=None,
 )  # fmt: skip
-_MLA = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12, num_key_value_heads=4)
-_GROUPED = dict(moe_intermediate_size=24, intermediate_size=40, num_experts_per_tok=3, first_k_dense_replace=1, n_group=2, topk_group=1)
+_MLA = dict(
+    q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12, num_key_value_heads=4
+)
+_GROUPED = dict(
+    moe_intermediate_size=24,
+    intermediate_size=40,
+    num_experts_per_tok=3,
+    first_k_dense_replace=1,
+    n_group=2,
+    topk_group=1,
+)
 
 # Windows are shorter than the prompts; Qwen2-MoE has shared experts behind a gate; the DeepSeeks have latents and a dense first layer.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -34,9 +43,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         moe_intermediate_size=16, shared_expert_intermediate_size=24, intermediate_size=40, num_experts=6, num_experts_per_tok=2,
         use_sliding_window=True, sliding_window=20, max_window_layers=1,
     ),
-    "qwen3_moe": dict(moe_intermediate_size=24, intermediate_size=40, num_experts=8, num_experts_per_tok=2, head_dim=16, norm_topk_prob=True),
+    "qwen3_moe": dict(
+        moe_intermediate_size=24, intermediate_size=40, num_experts=8, num_experts_per_tok=2, head_dim=16, norm_topk_prob=True,
+    ),
     "olmoe": dict(intermediate_size=24, num_experts=8, num_experts_per_tok=4, num_key_value_heads=4),
-    "deepseek_v2": dict(**_MLA, **_GROUPED, n_routed_experts=8, n_shared_experts=2, topk_method="group_limited_greedy", routed_scaling_factor=1.5),
+    "deepseek_v2": dict(
+        **_MLA, **_GROUPED, n_routed_experts=8, n_shared_experts=2, topk_method="group_limited_greedy", routed_scaling_factor=1.5,
+    ),
     "deepseek_v3": dict(**_MLA, **_GROUPED, n_routed_experts=8, n_shared_experts=1),
     "glm4_moe": dict(**_GROUPED, n_routed_experts=8, n_shared_experts=1, head_dim=8, use_qk_norm=True),
     "gpt_oss": dict(intermediate_size=24, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=20),
@@ -70,13 +83,22 @@ def save_fused(model: PreTrainedModel, model_dir: Path) -> None:
     model_dir.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(model_dir)
     tied = set(model.all_tied_weights_keys)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}, model_dir / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied},
+        model_dir / "model.safetensors",
+    )
     config = json.loads((model_dir / "config.json").read_text())
     (model_dir / "config.json").write_text(json.dumps({**config, "architectures": [type(model).__name__]}))
 
 
 def load_runner(
-    model_dir: Path, *, dtype: str = "float32", device: str = "cpu", slots: int = 8, max_context_tokens: int = 512, poison: bool = True
+    model_dir: Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    slots: int = 8,
+    max_context_tokens: int = 512,
+    poison: bool = True,
 ) -> ModelRunner:
     """The whole way from a directory to a runner, with KV memory that holds NaN wherever nothing was written."""
     servable = check_servable(model_dir)
@@ -102,12 +124,21 @@ class Request:
     def row(self, num_tokens: int | None = None, *, all_logits: bool = False) -> Row:
         """The next num_tokens tokens (all that are left); asks for a token where they reach the end."""
         end = len(self.tokens) if num_tokens is None else min(len(self.tokens), self.computed + num_tokens)
-        row = Row(self.name, self.slot, self.computed, tuple(self.tokens[self.computed : end]), end == len(self.tokens), all_logits)
+        row = Row(
+            self.name,
+            self.slot,
+            self.computed,
+            tuple(self.tokens[self.computed : end]),
+            end == len(self.tokens),
+            all_logits,
+        )
         self.computed = end
         return row
 
 
-def greedy(runner: ModelRunner, requests: Sequence[Request], new_tokens: int, *, chunk: int | None = None) -> dict[str, Tensor]:
+def greedy(
+    runner: ModelRunner, requests: Sequence[Request], new_tokens: int, *, chunk: int | None = None
+) -> dict[str, Tensor]:
     """Run requests together until each has new_tokens more; returns the logits of each request's output tokens."""
     logits: dict[str, list[torch.Tensor]] = {request.name: [] for request in requests}
     while live := [request for request in requests if len(logits[request.name]) < new_tokens]:

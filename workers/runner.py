@@ -32,8 +32,8 @@ _MAX_INVARIANT_THREADS = 16
 class ModelRunner:
     """kv: uint8 [slots, slot_bytes], the KV of token t of slot s at byte t * kv_token_bytes of row s.
 
-    On the CPU a row's logits are the same bits whatever else is in the step; for that the number of torch's threads is lowered to a power of
-    two, so that element-wise operations are never cut within a row.
+    On the CPU a row's logits are the same bits whatever else is in the step; for that the number of torch's threads is lowered to a
+    power of two, so that element-wise operations are never cut within a row.
     """
 
     def __init__(self, bound: BoundModel, kv: Tensor) -> None:

@@ -31,7 +31,12 @@ class Arena:
         packed = [self.query[slot, start : start + count] for slot, start, count in requests]
         query[: int(counts.sum())] = torch.cat(packed)
         rows = PackedRequests(
-            first_row=counts.cumsum() - counts, num_new=counts, start=starts, kv_row=slots * CAPACITY, kv_row_step=1, padded_tokens=total
+            first_row=counts.cumsum() - counts,
+            num_new=counts,
+            start=starts,
+            kv_row=slots * CAPACITY,
+            kv_row_step=1,
+            padded_tokens=total,
         )
         plan = AttentionPlan(rows, heads=HEADS, kv_heads=KV_HEADS, window=window)
         flat = self.memory.flatten(0, 1)
@@ -44,7 +49,9 @@ class Arena:
         assert torch.isfinite(result).all()
         return list(result[: int(counts.sum())].split(counts.tolist()))
 
-    def reference(self, slot: int, start: int, count: int, *, window: int | None = None, sinks=None, softcap=None) -> torch.Tensor:
+    def reference(
+        self, slot: int, start: int, count: int, *, window: int | None = None, sinks=None, softcap=None
+    ) -> torch.Tensor:
         end = start + count
         keys, values = self.truth[slot, :end].double().split([DIM, VALUE_DIM], dim=-1)
         keys, values = (part.repeat_interleave(HEADS // KV_HEADS, dim=1) for part in (keys, values))

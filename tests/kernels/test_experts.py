@@ -41,7 +41,10 @@ class Layer:
             arena=self.arena,
             slot_stride=stride,
             slots=self.slots,
-            parts={"gate_up_proj": SlabPart(0, tuple(stored[0].shape[1:])), "down_proj": SlabPart(down_begins, tuple(stored[1].shape[1:]))},
+            parts={
+                "gate_up_proj": SlabPart(0, tuple(stored[0].shape[1:])),
+                "down_proj": SlabPart(down_begins, tuple(stored[1].shape[1:])),
+            },
             transposed=transposed,
             activate=gate,
             up_bias=self.up_bias,
@@ -53,7 +56,9 @@ class Layer:
         for token, k in itertools.product(range(len(hidden)), range(index.shape[1])):
             e = int(index[token, k])
             inner = linear(hidden[token], self.up[e], None if self.up_bias is None else self.up_bias[e])
-            result[token] += weights[token, k] * linear(gate(inner), self.down[e], None if self.down_bias is None else self.down_bias[e])
+            result[token] += weights[token, k] * linear(
+                gate(inner), self.down[e], None if self.down_bias is None else self.down_bias[e]
+            )
         return result
 
 
@@ -94,14 +99,19 @@ def test_a_token_keeps_its_bits_whatever_stands_beside_it(layout: dict) -> None:
         assert torch.equal(experts_forward(hidden[chosen], index[chosen], weights[chosen], layer.slabs), whole[chosen])
     crowd = torch.zeros(64, 3, dtype=torch.long) + torch.tensor([0, 1, 2])
     skewed = experts_forward(
-        torch.cat([hidden[:9], hidden[:64]]), torch.cat([index[:9], crowd]), torch.cat([weights[:9], weights[:64]]), layer.slabs
+        torch.cat([hidden[:9], hidden[:64]]),
+        torch.cat([index[:9], crowd]),
+        torch.cat([weights[:9], weights[:64]]),
+        layer.slabs,
     )
     assert torch.equal(skewed[:9], whole[:9])
 
 
 def test_slots_change_no_bit() -> None:
     step = routing(40, 2)
-    assert torch.equal(experts_forward(*step, Layer().slabs), experts_forward(*step, Layer(slots=[7, 2, 6, 3, 5, 4]).slabs))
+    assert torch.equal(
+        experts_forward(*step, Layer().slabs), experts_forward(*step, Layer(slots=[7, 2, 6, 3, 5, 4]).slabs)
+    )
 
 
 @pytest.mark.parametrize("tokens", [16, 200])

@@ -56,12 +56,16 @@ def bind(
     layout = WeightLayout.from_manifest(manifest)
     for name, nbytes in ((DENSE, layout.dense_bytes), (EXPERTS, layout.experts_bytes)):
         if segments[name].dtype != torch.uint8 or segments[name].numel() < nbytes:
-            raise ValueError(f"segment {name!r} has {segments[name].numel()} of {segments[name].dtype}, expected {nbytes} bytes")
+            raise ValueError(
+                f"segment {name!r} has {segments[name].numel()} of {segments[name].dtype}, expected {nbytes} bytes"
+            )
     device, dtype = torch.device(device), getattr(torch, layout.dtype)
     model = servable.build(dtype)
     expected = lay_out(model, servable.experts, dtype, GRANULE_BYTES)
     if (layout.dense, layout.experts) != (expected.dense, expected.experts):
-        raise ValueError(f"the weights are laid out for another model than {servable.architecture} of {servable.model_dir}; load them again")
+        raise ValueError(
+            f"the weights are laid out for another model than {servable.architecture} of {servable.model_dir}; load them again"
+        )
     _bind_dense(model, layout, segments[DENSE])
     arena = segments[EXPERTS].view(dtype)
     experts = tuple(_bind_experts(model.get_submodule(layer.module), layer, layout, arena) for layer in layout.experts)
@@ -77,7 +81,9 @@ def _bind_dense(model: PreTrainedModel, layout: WeightLayout, segment: Tensor) -
         count = 1
         for size in tensor.shape:
             count *= size
-        view = segment[tensor.offset_bytes : tensor.offset_bytes + count * dtype.itemsize].view(dtype).view(tensor.shape)
+        view = (
+            segment[tensor.offset_bytes : tensor.offset_bytes + count * dtype.itemsize].view(dtype).view(tensor.shape)
+        )
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         if leaf in owner._parameters:
@@ -118,4 +124,6 @@ def _compute_rotary_buffers(model: PreTrainedModel, device: torch.device) -> Non
 def _require_bound(model: PreTrainedModel) -> None:
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
-        raise ValueError(f"{len(left)} tensors of {type(model).__name__} got no weights, among them {left[0]}; load the weights again")
+        raise ValueError(
+            f"{len(left)} tensors of {type(model).__name__} got no weights, among them {left[0]}; load the weights again"
+        )

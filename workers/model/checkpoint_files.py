@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flexpert.hbm.loading import ITEM_BYTES
 from flexpert.workers.model.errors import CheckpointError
@@ -40,7 +41,9 @@ def read_checkpoint(model_dir: Path) -> dict[str, StoredTensor]:
         weight_map = json.loads(index.read_text())["weight_map"]
         files = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not an index of safetensors files ({type(error).__name__}: {error}); fetch it again") from error
+        raise CheckpointError(
+            f"{index} is not an index of safetensors files ({type(error).__name__}: {error}); fetch it again"
+        ) from error
     tensors: dict[str, StoredTensor] = {}
     for name in files:
         if Path(name).name != name:
@@ -48,7 +51,9 @@ def read_checkpoint(model_dir: Path) -> dict[str, StoredTensor]:
         tensors |= _read_header(model_dir / name)
     absent = sorted(set(weight_map) - set(tensors))
     if absent:
-        raise CheckpointError(f"{index} names {_some(absent)}, found in none of its {len(files)} files; fetch the checkpoint again")
+        raise CheckpointError(
+            f"{index} names {_some(absent)}, found in none of its {len(files)} files; fetch the checkpoint again"
+        )
     return tensors
 
 
@@ -76,27 +81,37 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
                 )
             header = json.loads(file.read(length))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}); fetch the checkpoint again") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror or error}); fetch the checkpoint again"
+        ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} has no readable safetensors header ({error}); fetch it again") from error
     data = 8 + length
     try:
         return {
-            name: _stored(path, data, file_bytes, name, entry) for name, entry in header.items() if name != "__metadata__"
+            name: _stored(path, data, file_bytes, name, entry)
+            for name, entry in header.items()
+            if name != "__metadata__"
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a malformed safetensors header ({type(error).__name__}: {error}); fetch it again") from error
+        raise CheckpointError(
+            f"{path} has a malformed safetensors header ({type(error).__name__}: {error}); fetch it again"
+        ) from error
 
 
-def _stored(path: Path, data: int, file_bytes: int, name: str, entry: dict[str, object]) -> StoredTensor:
-    begin, end = entry["data_offsets"]  # type: ignore[misc]
-    stored = StoredTensor(path, data + begin, str(entry["dtype"]), tuple(entry["shape"]))  # type: ignore[arg-type, has-type]
+def _stored(path: Path, data: int, file_bytes: int, name: str, entry: dict[str, Any]) -> StoredTensor:
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    stored = StoredTensor(path, data + begin, str(entry["dtype"]), tuple(int(size) for size in entry["shape"]))
     if stored.dtype not in ITEM_BYTES:
         raise CheckpointError(f"{path}: {name} has dtype {stored.dtype}, expected one of {', '.join(ITEM_BYTES)}")
-    if data + end > file_bytes:  # type: ignore[has-type]
-        raise CheckpointError(f"{path} is cut off: found {file_bytes} bytes, {name} ends at byte {data + end}; fetch it again")  # type: ignore[has-type]
-    if begin < 0 or end - begin != stored.num_elements * ITEM_BYTES[stored.dtype]:  # type: ignore[has-type]
-        raise CheckpointError(f"{path}: {name} of {stored.dtype} {list(stored.shape)} has {end - begin} bytes; fetch it again")  # type: ignore[has-type]
+    if data + end > file_bytes:
+        raise CheckpointError(
+            f"{path} is cut off: found {file_bytes} bytes, {name} ends at byte {data + end}; fetch it again"
+        )
+    if begin < 0 or end - begin != stored.num_elements * ITEM_BYTES[stored.dtype]:
+        raise CheckpointError(
+            f"{path}: {name} of {stored.dtype} {list(stored.shape)} has {end - begin} bytes; fetch it again"
+        )
     return stored
 
 

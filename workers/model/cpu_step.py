@@ -71,5 +71,5 @@ class _Reader:
         if self._expanding is None:
             both_float = (keys.float(), values.float())
             return both_float[0].split(shape.key_dim, dim=1), both_float[1].split(shape.value_dim, dim=1)
-        expanded_keys, expanded_values = self._expanding.expand_kv(keys[None, None], values[None, None])  # type: ignore[operator]
+        expanded_keys, expanded_values = self._expanding.expand_kv(keys[None, None], values[None, None])
         return expanded_keys[0].float().unbind(0), expanded_values[0].float().unbind(0)

@@ -1,6 +1,7 @@
 """Runs steps on a GPU: decode steps by replaying CUDA graphs of fixed batch sizes, everything else launched op by op.
 
-A graph of batch size B reads token ids, slots and positions from one device tensor; a smaller batch repeats its first row, which then writes the
+A graph of batch size B reads token ids, slots and positions from one device tensor; a smaller batch repeats its first row, which then
+writes the
 same keys and values twice. Graphs are captured on first use, or all at once by `warm_up`. Layers that flash attention does not take
 (latents, odd head sizes) are never captured, since what they gather grows with the longest sequence.
 """
@@ -62,7 +63,8 @@ class GpuCompute:
         return self.run(tensors, wanted)
 
     def warm_up(self, batch_sizes: Sequence[int] = BATCH_SIZES) -> None:
-        """Capture the graphs of these batch sizes now, the largest first so that the others reuse its memory. Writes to position 0 of slot 0."""
+        """Capture the graphs of these batch sizes now, the largest first so that the others reuse its memory. Writes to position 0 of
+        slot 0."""
         for size in sorted(batch_sizes, reverse=True):
             if self.captures and size not in self._graphs:
                 self._graphs[size] = self._capture(torch.zeros(3, size, dtype=torch.long, device=self._device))

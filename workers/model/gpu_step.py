@@ -1,4 +1,5 @@
-"""One step on a GPU as transformers sees it. Everything a decode step reads is in device tensors, so that it can be captured in a CUDA graph.
+"""One step on a GPU as transformers sees it. Everything a decode step reads is in device tensors, so that it can be captured in a CUDA
+graph.
 
 Requests of one new token each (decode) and longer ones may be mixed; the tensors are made from `packing.PackedStep` by one copy.
 """
@@ -6,6 +7,7 @@ Requests of one new token each (decode) and longer ones may be mixed; the tensor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,8 @@ from flexpert.workers.model.packing import PackedStep
 
 @dataclass(frozen=True)
 class StepTensors:
-    """A step on the device. Per token: token_ids, slots, positions; per request: slot_of, starts, counts (int64); begins [requests + 1] int32.
+    """A step on the device. Per token: token_ids, slots, positions; per request: slot_of, starts, counts (int64); begins [requests +
+    1] int32.
 
     The host knows only the shape: how many tokens, requests, the most new tokens of a request and `groups`, the requests [first, end) that
     have equally many new tokens.
@@ -44,19 +47,24 @@ class StepTensors:
             [packed.token_ids[:tokens], packed.slots.repeat(packed.counts), packed.positions[:tokens], packed.slots, packed.starts,
              packed.first_rows, [tokens]]
         )  # fmt: skip
-        parts = torch.from_numpy(host).to(device).split([tokens, tokens, tokens, requests, requests, requests + 1])
-        ends = packed.starts + packed.counts
+        sizes = [tokens, tokens, tokens, requests, requests, requests + 1]
+        token_ids, slots, positions, slot_of, starts, begins = torch.from_numpy(host).to(device).split(sizes)
         return cls(
-            *parts[:5],
-            begins=parts[5].int(),
+            token_ids=token_ids,
+            slots=slots,
+            positions=positions,
+            slot_of=slot_of,
+            starts=starts,
+            begins=begins.int(),
             max_query=int(packed.counts.max()),
-            max_keys=int(ends.max()),
+            max_keys=int((packed.starts + packed.counts).max()),
             groups=_equal_runs(packed.counts),
         )
 
     @classmethod
     def decode(cls, rows: Tensor, *, max_keys: int) -> StepTensors:
-        """rows: int64 [3, requests] of token ids, slots and positions, one new token each; later values of `rows` are seen, nothing is copied."""
+        """rows: int64 [3, requests] of token ids, slots and positions, one new token each; later values of `rows` are seen, nothing is
+        copied."""
         token_ids, slots, positions = rows
         requests = rows.shape[1]
         begins = torch.arange(requests + 1, dtype=torch.int32, device=rows.device)
@@ -66,7 +74,7 @@ class StepTensors:
 def _equal_runs(counts: np.ndarray) -> tuple[tuple[int, int, int], ...]:
     """(first, end, count) of the runs of requests with equally many new tokens."""
     edges = [0, *(np.flatnonzero(np.diff(counts)) + 1).tolist(), len(counts)]
-    return tuple((a, b, int(counts[a])) for a, b in zip(edges[:-1], edges[1:], strict=True))
+    return tuple((a, b, int(counts[a])) for a, b in pairwise(edges))
 
 
 class ArenaOnDevice:
@@ -143,7 +151,7 @@ class GpuStep(CacheProtocol):
             keys = views.keys[call.layer][place].transpose(1, 2)
             values = views.values[call.layer][place].transpose(1, 2)
             if latent:
-                keys, values = call.module.expand_kv(keys, values)  # type: ignore[operator]
+                keys, values = call.module.expand_kv(keys, values)
             attended = attention_gpu.masked(
                 query,
                 keys,

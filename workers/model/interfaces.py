@@ -1,8 +1,8 @@
 """Where transformers hands over: its attention and its masks, registered as "flexpert".
 
 An attention module's call goes to the step object that the runner passed as `flexpert_step` (and as `past_key_values`); there are three:
-`probe.ProbeStep` looks at the tree once, `cpu_step.CpuStep` and `gpu_step.GpuStep` compute. The window of a layer comes with the mask: the mask
-function returns a `MaskTag` instead of a mask, since only it has the right window for every family.
+`probe.ProbeStep` looks at the tree once, `cpu_step.CpuStep` and `gpu_step.GpuStep` compute. The window of a layer comes with the mask:
+the mask function returns a `MaskTag` instead of a mask, since only it has the right window for every family.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from flexpert.kernels import register
 IMPLEMENTATION = "flexpert"
 STEP = "flexpert_step"
 # What an attention module may be passed without a change to what is computed here.
-_UNUSED = frozenset({"dropout", "sliding_window", "position_ids", "use_cache", "cache_position", "output_attentions", "is_causal"})
+_UNUSED = frozenset(
+    {"dropout", "sliding_window", "position_ids", "use_cache", "cache_position", "output_attentions", "is_causal"}
+)
 
 
 @dataclass(frozen=True)
@@ -115,4 +117,6 @@ def run_attention(
 
 def unknown_arguments(others: dict[str, Any]) -> list[str]:
     """Names of arguments of an attention call that might change its result and that are not understood here."""
-    return sorted(name for name, value in others.items() if name not in _UNUSED and value is not None and value is not False)
+    return sorted(
+        name for name, value in others.items() if name not in _UNUSED and value is not None and value is not False
+    )

@@ -62,7 +62,7 @@ class KvViews:
         size = layout.dtype.itemsize
         if kv.dtype != torch.uint8 or kv.stride(1) != 1 or kv.stride(0) % size or kv.data_ptr() % size:
             raise ValueError(
-                f"a KV tensor of dtype {kv.dtype} and strides {kv.stride()}; expected contiguous uint8 rows a multiple of {size} bytes apart"
+                f"KV tensor of {kv.dtype}, strides {kv.stride()}; expected contiguous uint8 rows a multiple of {size} bytes apart"
             )
         self.layout = layout
         self.capacity_tokens = slot_bytes // layout.token_bytes
@@ -81,7 +81,9 @@ class KvViews:
             strides = (slot_stride // size, layout.token_bytes // size)
             shape = (slots, self.capacity_tokens, layer.heads)
             self.keys.append(flat.as_strided((*shape, layer.key_dim), (*strides, layer.key_dim, 1), base + key // size))
-            self.values.append(flat.as_strided((*shape, layer.value_dim), (*strides, layer.value_dim, 1), base + value // size))
+            self.values.append(
+                flat.as_strided((*shape, layer.value_dim), (*strides, layer.value_dim, 1), base + value // size)
+            )
             width = (value - key) // size + layer.heads * layer.value_dim
             rows = (len(flat) - key // size - width) * size // step + 1
             self.kv_rows.append(flat.as_strided((rows, width), (step // size, 1), base + key // size))

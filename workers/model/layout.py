@@ -1,7 +1,8 @@
 """The layout of bound weights in two segments, as values: what a load plan promises and a binder relies on.
 
-"dense": every parameter and buffer that all ranks need, each at a multiple of 64 bytes. "experts": one slab for each expert of each layer, in
-slots of one size, layer after layer; slots_per_group of them are whole granules, or nearly (a slab group, the unit of physical trade).
+"dense": every parameter and buffer that all ranks need, each at a multiple of 64 bytes. "experts": one slab for each
+expert of each layer, in slots of one size, layer after layer; slots_per_group of them are whole granules, or nearly
+(a slab group, the unit of physical trade).
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ class WeightLayout(msgspec.Struct, frozen=True, kw_only=True):
     def from_manifest(cls, manifest: bytes) -> WeightLayout:
         layout = msgspec.json.decode(manifest, type=cls)
         if layout.version != VERSION:
-            raise ValueError(f"weights are laid out by version {layout.version}, this flexpert reads version {VERSION}; load them again")
+            raise ValueError(
+                f"weights are laid out by version {layout.version}, this flexpert reads version {VERSION}; load them again"
+            )
         return layout
 
 

@@ -20,7 +20,9 @@ from flexpert.workers.model.planning import STORED_NAMES
 _TORCH_DTYPES = {name: dtype for dtype, name in STORED_NAMES.items()}
 
 
-def load_into(plan: LoadPlan, buffers: Mapping[str, Tensor], on_progress: Callable[[int, int], None] | None = None) -> None:
+def load_into(
+    plan: LoadPlan, buffers: Mapping[str, Tensor], on_progress: Callable[[int, int], None] | None = None
+) -> None:
     """Fill uint8 buffers, one for each segment, on any device; bytes that no copy writes become zeros.
 
     on_progress(done_bytes, total_bytes) counts bytes read. Raises CheckpointError where a file shrank or vanished since it was planned.

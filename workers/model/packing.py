@@ -38,7 +38,8 @@ def pack(rows: Sequence[Row], *, multiple: int, capacity_tokens: int, slots: int
     if (starts + counts).max() > capacity_tokens or slot.max() >= slots or min(starts.min(), slot.min()) < 0:
         worst = max(rows, key=lambda row: row.end)
         raise ValueError(
-            f"row {worst.request_id!r} ends at position {worst.end} of slot {worst.slot}; there are {slots} slots of {capacity_tokens} tokens"
+            f"row {worst.request_id!r} ends at position {worst.end} of slot {worst.slot}; "
+            f"there are {slots} slots of {capacity_tokens} tokens"
         )
     ends = counts.cumsum()
     first_rows = ends - counts

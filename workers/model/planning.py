@@ -66,7 +66,9 @@ def lay_out(model: PreTrainedModel, experts: tuple[str, ...], dtype: torch.dtype
             num_experts, *shape = state[f"{path}.{name}"].shape
             matrices.append(SlabMatrix(name, offset, (shape[0], shape[1])))
             offset += aligned(shape[0] * shape[1] * dtype.itemsize)
-        layers.append(ExpertLayer(path, slots, num_experts, tuple(matrices), module.is_transposed, not module.is_concatenated))
+        layers.append(
+            ExpertLayer(path, slots, num_experts, tuple(matrices), module.is_transposed, not module.is_concatenated)
+        )
         slots += num_experts
         slab_bytes = max(slab_bytes, offset)
     slot_bytes, slots_per_group = slot_size(slab_bytes, granule_bytes)
@@ -156,7 +158,9 @@ class _Copies:
             rows, columns = slab.shape
             self._require_shape(key, stored, (rows // target.parts, columns))
             if target.expert >= layer.num_experts:
-                raise self._wrong(f"has an expert {target.expert} where the configuration has {layer.num_experts}", [key])
+                raise self._wrong(
+                    f"has an expert {target.expert} where the configuration has {layer.num_experts}", [key]
+                )
             experts = range(target.expert, target.expert + 1)
         copies = []
         for i, expert in enumerate(experts):

@@ -1,7 +1,7 @@
 """Finds out how a module tree attends by running two tokens through it on the meta device: no memory, no arithmetic.
 
-The probe stands where the cache, the attention and the experts stand when the model serves, and refuses what those could not do: state beside
-the keys and values of attention, masks that are neither causal nor a causal window, arguments it does not know.
+The probe stands where the cache, the attention and the experts stand when the model serves, and refuses what those could not do: state
+beside the keys and values of attention, masks that are neither causal nor a causal window, arguments it does not know.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def probe(model: nn.Module) -> Probed:
     with torch.inference_mode(), torch.device("meta"):
         model(input_ids=tokens, position_ids=positions, past_key_values=step, use_cache=True, **{STEP: step})
     if not called:
-        raise ProbeRefusal("none of its layers has experts that flexpert can compute, so it is no mixture of experts that can be served")
+        raise ProbeRefusal(
+            "none of its layers has experts that flexpert can compute, so it is no mixture of experts that can be served"
+        )
     layers = len(step.layers)
     if not layers or sorted(step.layers) != list(range(layers)) or sorted(step.cached) != list(range(layers)):
         raise ProbeRefusal(
@@ -86,7 +88,8 @@ class ProbeStep(CacheProtocol):
         if name.startswith("__"):
             raise AttributeError(name)
         raise ProbeRefusal(
-            f"it keeps state that is not the keys and values of attention (recurrent, convolutional or an index: it asks its cache for {name!r})"
+            "it keeps state that is not the keys and values of attention "
+            f"(recurrent, convolutional or an index: it asks its cache for {name!r})"
         )
 
     def __bool__(self) -> bool:
@@ -96,7 +99,9 @@ class ProbeStep(CacheProtocol):
         if layer_idx in self.cached:
             raise ProbeRefusal(f"layer {layer_idx} caches keys and values twice")
         if key.dim() != 4 or key.shape[:3] != value.shape[:3] or key.shape[2] != _TOKENS:
-            raise ProbeRefusal(f"layer {layer_idx} caches tensors of shapes {tuple(key.shape)} and {tuple(value.shape)}")
+            raise ProbeRefusal(
+                f"layer {layer_idx} caches tensors of shapes {tuple(key.shape)} and {tuple(value.shape)}"
+            )
         self.cached[layer_idx] = KvLayer(key.shape[1], key.shape[3], value.shape[3])
         return key, value
 
@@ -116,7 +121,11 @@ class ProbeStep(CacheProtocol):
         cached = self.cached[call.layer]
         _, heads, tokens, _ = call.query.shape
         latent = hasattr(call.module, "expand_kv")
-        as_cached = call.key.shape[1] == cached.heads and call.key.shape[3] == cached.key_dim and call.value.shape[3] == cached.value_dim
+        as_cached = (
+            call.key.shape[1] == cached.heads
+            and call.key.shape[3] == cached.key_dim
+            and call.value.shape[3] == cached.value_dim
+        )
         if not latent and not as_cached:
             raise ProbeRefusal(f"layer {call.layer} changes keys and values between cache and attention")
         self.layers[call.layer] = AttentionLayer(

@@ -84,7 +84,7 @@ def kv_token_bytes(servable: ServableModel, dtype: str | torch.dtype) -> int:
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """"float32" -> torch.float32; raises ValueError naming the choices."""
+    """ "float32" -> torch.float32; raises ValueError naming the choices."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
@@ -113,7 +113,8 @@ def _read_config(model_dir: Path) -> PreTrainedConfig:
         if fields.get(name):
             method = fields[name].get("quant_method", "unnamed") if isinstance(fields[name], dict) else fields[name]
             raise UnservableModelError(
-                model_dir, f"its weights are quantised ({name}: {method}), which is not supported yet; use an unquantised checkpoint"
+                model_dir,
+                f"its weights are quantised ({name}: {method}), which is not supported yet; use an unquantised checkpoint",
             )
     try:
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
@@ -127,26 +128,41 @@ def _read_config(model_dir: Path) -> PreTrainedConfig:
 
 def _refuse_kind(model_dir: Path, config: PreTrainedConfig, fields: dict[str, object]) -> None:
     """Whole kinds of models, recognised from the configuration alone."""
-    parts = sorted(name for name in ("vision_config", "audio_config", "text_config") if getattr(config, name, None) is not None)
+    parts = sorted(
+        name for name in ("vision_config", "audio_config", "text_config") if getattr(config, name, None) is not None
+    )
     if parts:
-        raise UnservableModelError(model_dir, f"{config.model_type!r} is multimodal (its configuration has {', '.join(parts)})")
+        raise UnservableModelError(
+            model_dir, f"{config.model_type!r} is multimodal (its configuration has {', '.join(parts)})"
+        )
     if checkpoint_names.causal_lm_class(config) is None:
         raise UnservableModelError(model_dir, f"transformers has no causal language model for {config.model_type!r}")
-    states = sorted({kind for kind in getattr(config, "layer_types", None) or () if kind not in ("full_attention", "sliding_attention")})
+    states = sorted(
+        {
+            kind
+            for kind in getattr(config, "layer_types", None) or ()
+            if kind not in ("full_attention", "sliding_attention")
+        }
+    )
     if states:
-        raise UnservableModelError(model_dir, f"it has layers of kinds that keep recurrent, convolutional or other state: {', '.join(states)}")
+        raise UnservableModelError(
+            model_dir, f"it has layers of kinds that keep recurrent, convolutional or other state: {', '.join(states)}"
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
-    if dependent := sorted(kinds & set(_BATCH_DEPENDENT_ROPE)):
+    if dependent := [kind for kind in _BATCH_DEPENDENT_ROPE if kind in kinds]:
         raise UnservableModelError(
-            model_dir, f"rotary embedding {dependent[0]!r} changes with the longest sequence of a batch, so requests would change each other"
+            model_dir,
+            f"rotary embedding {dependent[0]!r} changes with the longest sequence of a batch, so requests would change each other",
         )
 
 
 def _refuse_unbindable(model: PreTrainedModel) -> None:
     """Besides the checkpoint's tensors a tree may hold only what a rotary embedding computes from the configuration."""
     if not checkpoint_names.experts_modules(model):
-        raise ProbeRefusal(f"{type(model).__name__} is not a mixture of experts, or has experts that flexpert cannot compute")
+        raise ProbeRefusal(
+            f"{type(model).__name__} is not a mixture of experts, or has experts that flexpert cannot compute"
+        )
     persistent = set(model.state_dict())
     for name, _ in model.named_buffers():
         if name not in persistent and not name.endswith("inv_freq"):

@@ -51,10 +51,15 @@ def test_every_expert_lies_whole_in_its_slot(family: str, tmp_path: Path) -> Non
         for matrix in layer.matrices:
             nbytes = matrix.shape[0] * matrix.shape[1] * 4
             assert matrix.offset_bytes % 64 == 0
-            stored = slots[layer.first_slot : layer.first_slot + layer.num_experts, matrix.offset_bytes : matrix.offset_bytes + nbytes]
+            stored = slots[
+                layer.first_slot : layer.first_slot + layer.num_experts,
+                matrix.offset_bytes : matrix.offset_bytes + nbytes,
+            ]
             expected = getattr(experts, matrix.name).detach()
             assert torch.equal(stored.contiguous().view(torch.float32).view(expected.shape), expected)
-    assert (layout.experts[0].transposed, layout.experts[0].interleaved) == ((True, True) if family == "gpt_oss" else (False, False))
+    assert (layout.experts[0].transposed, layout.experts[0].interleaved) == (
+        (True, True) if family == "gpt_oss" else (False, False)
+    )
 
 
 def test_a_half_precision_load_rounds_each_number_once(tmp_path: Path) -> None:
@@ -121,7 +126,9 @@ def drop(name: str) -> Callable[[Path], None]:
     return apply
 
 
-def change(name: str, make: Callable[[torch.Tensor], torch.Tensor], new_name: str | None = None) -> Callable[[Path], None]:
+def change(
+    name: str, make: Callable[[torch.Tensor], torch.Tensor], new_name: str | None = None
+) -> Callable[[Path], None]:
     def apply(model_dir: Path) -> None:
         file = model_dir / "model.safetensors"
         tensors = load_file(file)
@@ -161,7 +168,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing_expert": (drop(EXPERT), r"lacks 1 tensors: model\.layers\.1\.mlp\.experts\.gate_up_proj of expert 5"),
     "missing_layer": (drop(r"model\.layers\.1\..*"), r"lacks \d+ tensors: .* and \d+ more"),
     "unexpected_tensor": (change(NORM, lambda t: t, "model.surprise"), r"no place for: model\.surprise"),
-    "one_expert_too_many": (change(EXPERT, lambda t: t, EXPERT.replace("s.5", "s.8")), r"an expert 8 where the configuration has 8"),
+    "one_expert_too_many": (
+        change(EXPERT, lambda t: t, EXPERT.replace("s.5", "s.8")),
+        r"an expert 8 where the configuration has 8",
+    ),
     "wrong_shape": (change(NORM, lambda t: t[:-1]), r"model\.norm\.weight has shape \[31\], expected \[32\]"),
     "wrong_expert_shape": (change(EXPERT, lambda t: t.T), r"up_proj\.weight has shape \[32, 24\], expected \[24, 32\]"),
     "quantised_numbers": (change(EXPERT, lambda t: t.to(torch.int8)), r"dtype I8, expected F32.*quantised"),
@@ -189,9 +199,18 @@ def break_index(change: Callable[[Path, dict[str, Any]], None]) -> Callable[[Pat
 
 
 BROKEN_INDEX = {
-    "missing_shard": (break_index(lambda d, index: next(iter(sorted(d.glob("*.safetensors")))).unlink()), "cannot be read"),
-    "named_but_absent": (break_index(lambda d, index: index["weight_map"].update({"x.y": index["weight_map"][NORM]})), r"x\.y, found in none"),
-    "leads_elsewhere": (break_index(lambda d, index: index["weight_map"].update({NORM: "../other.safetensors"})), "expected names of files beside it"),
+    "missing_shard": (
+        break_index(lambda d, index: next(iter(sorted(d.glob("*.safetensors")))).unlink()),
+        "cannot be read",
+    ),
+    "named_but_absent": (
+        break_index(lambda d, index: index["weight_map"].update({"x.y": index["weight_map"][NORM]})),
+        r"x\.y, found in none",
+    ),
+    "leads_elsewhere": (
+        break_index(lambda d, index: index["weight_map"].update({NORM: "../other.safetensors"})),
+        "expected names of files beside it",
+    ),
     "no_map": (break_index(lambda d, index: index.pop("weight_map")), "not an index"),
 }
 

@@ -1,6 +1,7 @@
 """Every family against transformers itself: same logits, same tokens; and the same bits whatever shares the step.
 
-One tiny random checkpoint a family; its requests are run once together, in odd chunks, and every other way of running them must give those bits.
+One tiny random checkpoint a family; its requests are run once together, in odd chunks, and every other way of running them must give
+those bits.
 """
 
 from __future__ import annotations
@@ -126,7 +127,13 @@ def test_variants_of_the_families(variant: str, tmp_path: Path) -> None:
 
 def test_bits_hold_with_two_threads(tmp_path: Path) -> None:
     """Wide enough that element-wise operations and products are cut between threads."""
-    model = make_model("qwen2_moe", hidden_size=256, intermediate_size=512, moe_intermediate_size=256, shared_expert_intermediate_size=512)
+    model = make_model(
+        "qwen2_moe",
+        hidden_size=256,
+        intermediate_size=512,
+        moe_intermediate_size=256,
+        shared_expert_intermediate_size=512,
+    )
     model.save_pretrained(tmp_path)
     torch.set_num_threads(2)
     runner = load_runner(tmp_path)

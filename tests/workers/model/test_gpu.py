@@ -54,7 +54,9 @@ def test_logits_are_near_those_of_transformers(family: str, tmp_path: Path) -> N
         ours, theirs = ((one - expected).abs().mean(-1) for one in (actual, rounded))
         assert ours.median() <= 2 * theirs.median() + 1e-3
         assert ours.quantile(0.9) <= 2 * theirs.quantile(0.9) + 1e-2
-        assert (actual.argmax(-1) == expected.argmax(-1)).float().mean() >= (rounded.argmax(-1) == expected.argmax(-1)).float().mean() - 0.1
+        assert (actual.argmax(-1) == expected.argmax(-1)).float().mean() >= (
+            rounded.argmax(-1) == expected.argmax(-1)
+        ).float().mean() - 0.1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,7 +92,9 @@ def test_a_replayed_graph_equals_the_eager_step(family: str, tmp_path: Path) -> 
         for size in (1, 2, 3, 8, 13, 32, 70):
             for shift in (0, 5):
                 chosen = [prompts[(shift + i) % 70] for i in range(size)]
-                rows = [Row(one.name, one.slot, len(one.tokens), ((one.slot * 7 + shift) % VOCAB,), True) for one in chosen]
+                rows = [
+                    Row(one.name, one.slot, len(one.tokens), ((one.slot * 7 + shift) % VOCAB,), True) for one in chosen
+                ]
                 packed = pack(rows, multiple=1, capacity_tokens=512, slots=80)
                 expected, written = eager.logits(packed), runner.kv.clone()
                 actual = graphs.logits(packed)

@@ -19,7 +19,9 @@ from flexpert.workers.model.packing import pack
 from flexpert.workers.step import Row
 
 
-def flash_as_specified(query, keys, values, begins_q, begins_k, max_q, max_k, *_, scale, window_size_left, window_size_right, seqused_k):
+def flash_as_specified(
+    query, keys, values, begins_q, begins_k, max_q, max_k, *_, scale, window_size_left, window_size_right, seqused_k
+):
     """aten::_flash_attention_forward with gaps between the requests' keys, in double precision."""
     outputs, sums = [], []
     for i in range(len(begins_q) - 1):
@@ -27,10 +29,15 @@ def flash_as_specified(query, keys, values, begins_q, begins_k, max_q, max_k, *_
         used = int(seqused_k[i])
         assert len(q) <= max_q
         assert used <= max_k
-        k, v = (one[begins_k[i] : begins_k[i] + used].double().repeat_interleave(q.shape[1] // one.shape[1], 1) for one in (keys, values))
+        k, v = (
+            one[begins_k[i] : begins_k[i] + used].double().repeat_interleave(q.shape[1] // one.shape[1], 1)
+            for one in (keys, values)
+        )
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
         distance = torch.arange(used - len(q), used)[:, None] - torch.arange(used)
-        scores = scores.masked_fill((distance < 0) | (distance > (used if window_size_left is None else window_size_left)), float("-inf"))
+        scores = scores.masked_fill(
+            (distance < 0) | (distance > (used if window_size_left is None else window_size_left)), float("-inf")
+        )
         outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
         sums.append(scores.logsumexp(-1))
     return torch.cat(outputs).to(query.dtype), torch.cat(sums, dim=1).float(), None, None, None
@@ -54,7 +61,9 @@ def steps_of(compute: Callable[[list[Row]], torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("flash", [False, True], ids=["masked", "flash"])
-def test_a_gpu_step_computes_what_a_cpu_step_computes(family: str, flash: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_step_computes_what_a_cpu_step_computes(
+    family: str, flash: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if flash:
         monkeypatch.setattr(attention_gpu, "flash_fits", lambda **_: True)
         monkeypatch.setattr(attention_gpu, "_flash_operator", lambda: flash_as_specified)

@@ -23,7 +23,7 @@ UNSERVABLE = {
     "not_moe": (dict(family="llama"), "not a mixture of experts"),
     "recurrent": (dict(family="jamba"), "recurrent"),
     "linear_attention": (dict(family="qwen3_next"), "linear_attention"),
-    "sparse_index": (dict(family="deepseek_v32"), "indexed_attention"),
+    "sparse_index": (dict(family="deepseek_v32"), "(indexed|sparse)_attention"),
     "chunked": (dict(family="llama4_text"), "chunked_attention"),
     "multimodal": (dict(family="qwen3_vl_moe"), "multimodal"),
     "encoder_decoder": (dict(family="switch_transformers"), "no causal language model"),
@@ -42,7 +42,9 @@ UNSERVABLE = {
 @pytest.mark.parametrize("case", UNSERVABLE)
 def test_an_unservable_model_is_refused_with_the_reason(case: str, tmp_path: Path) -> None:
     fields, reason = UNSERVABLE[case]
-    with pytest.raises(UnservableModelError, match=f"(?s)cannot be served: .*{reason}.*flexpert serves .*Mixtral") as error:
+    with pytest.raises(
+        UnservableModelError, match=f"(?s)cannot be served: .*{reason}.*flexpert serves .*Mixtral"
+    ) as error:
         check_servable(write_config(tmp_path, **fields))
     assert str(tmp_path) in str(error.value)
 
