@@ -36,7 +36,7 @@ def test_every_link_of_the_documentation_resolves(repository: Path, texts: dict[
     broken = [
         f"{name}: {target}"
         for name, text in texts.items()
-        if name.endswith(".md")
+        if name.endswith(".md") and not name.endswith("_template.md")  # a template's links are those of what it becomes
         for target in links_of(text)
         if not resolves(repository, repository / name, target, text)
     ]
