@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -26,9 +27,7 @@ def goal(name: str, value: float, bound: str) -> dict[str, Any]:
 def device_name(device: str) -> str:
     """The device as the file name has it: "cpu-2core", "h100"."""
     if device == "cpu":
-        import os
-
-        return f"cpu-{os.cpu_count()}core"
+        return f"cpu-{_cores()}core"
     import torch
 
     return torch.cuda.get_device_name().lower().replace("nvidia ", "").split()[0]
@@ -80,17 +79,20 @@ def save(
     return path
 
 
+def _cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def machine(device: str) -> str:
     """The device in words."""
-    import os
-
     if device == "cpu":
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
-        return f"{model}, {os.cpu_count()} cores"
+        return f"{model}, {_cores()} cores"
     import torch
 
-    return f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores"
+    return f"{torch.cuda.get_device_name()}, {_cores()} cores"
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -3,9 +3,10 @@
     python benchmarks/serve.py                                              # CPU, the built-in model, float32
     python benchmarks/serve.py --device cuda --shape olmoe-1b-7b --concurrency 64
 
-Throughput: `concurrency` requests of `input` random tokens arrive at once and end after exactly `output` tokens, greedily. Systems take
-turns in every repeat; the table shows medians. transformers runs as `generate` on one static batch of equal lengths (its best case: no
-padding, no arrival) and as `generate_batch` (its continuous batching). Prefixes differ, so prefix reuse gives nothing.
+Throughput: `concurrency` requests of `input` random tokens arrive at once and end after exactly `output` tokens, greedily.
+Systems take turns in every repeat, each in its own process; the table shows medians. transformers runs as `generate` on one
+static batch of equal lengths (its best case: no padding, no arrival) and as `generate_batch` (its continuous batching).
+Prefixes differ, so prefix reuse gives nothing.
 
 Host work: seconds of a decode step spent in scheduling, memory operations, batch building and emitting, at 64 sequences.
 Gateway: time to the first streamed byte over HTTP against the same request on the worker's own stream, one at a time, in turns.
@@ -16,18 +17,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime
-import gc
 import random
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import saved_run
-import torch
+from peers import PEERS, Peer, Prompts
 from transformers import AutoConfig
 
 from flexpert.hbm import ManagerConfig, ensure_manager, stop_manager
@@ -38,7 +37,6 @@ from flexpert.workers.process import WorkerConfig, WorkerProcess
 from flexpert.workers.step import StepPlan
 
 TOKEN = "benchmark"
-Prompts = list[list[int]]
 
 
 def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> Prompts:
@@ -105,7 +103,8 @@ class FlexpertEngine:
         self._round = 0
         self.worker.tap("tap", self.collector.take)
 
-    def __call__(self, prompts: Prompts, output_tokens: int) -> int:
+    def __call__(self, prompts: Prompts, output_tokens: int) -> tuple[int, float]:
+        began_s = time.perf_counter()
         self._round += 1
         self.collector.expect(len(prompts))
         params = greedy(output_tokens)
@@ -113,40 +112,11 @@ class FlexpertEngine:
             submit = Submit(request_id=f"{self._round}/{i}", prompt_token_ids=prompt, params=params)
             self.engine.submit("tap", submit)
         self.collector.wait()
-        return self.collector.tokens
+        return self.collector.tokens, time.perf_counter() - began_s
 
     def close(self) -> None:
         self.worker.stop()
         stop_manager(self.runtime_dir, "device-0")
-
-
-def transformers_systems(model_dir: Path, device: str) -> dict[str, Callable[[Prompts, int], int]]:
-    """{name: generate(prompts, output_tokens) -> tokens generated}"""
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    extra = {} if device == "cpu" else {"experts_implementation": "grouped_mm"}
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa", **extra)
-    model = model.to(device).eval()
-
-    def static(prompts: Prompts, output_tokens: int) -> int:
-        ids = torch.tensor(prompts, device=device)
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=output_tokens,
-            min_new_tokens=output_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        return (out.shape[1] - ids.shape[1]) * out.shape[0]
-
-    def continuous(prompts: Prompts, output_tokens: int) -> int:
-        config = GenerationConfig(max_new_tokens=output_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        outputs = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
-        return sum(len(output.generated_tokens) for output in outputs.values())
-
-    return {"transformers generate": static, "transformers generate_batch": continuous}
 
 
 def throughput(systems: dict[str, Any], args: argparse.Namespace, vocab_size: int) -> list[dict[str, Any]]:
@@ -156,9 +126,7 @@ def throughput(systems: dict[str, Any], args: argparse.Namespace, vocab_size: in
         for name, generate in systems.items():
             seed += 1
             prompts = random_prompts(args.concurrency, args.input, vocab_size, seed)
-            began_s = time.perf_counter()
-            tokens = generate(prompts, args.output)
-            whole_s = time.perf_counter() - began_s
+            tokens, whole_s = generate(prompts, args.output)
             expected = args.concurrency * args.output
             assert tokens == expected, f"{name}: found {tokens} tokens, expected {expected}"
             if repeat:
@@ -316,13 +284,13 @@ def main() -> None:
     args = parser.parse_args()
     started = datetime.datetime.now(datetime.UTC)
     model_dir = choose_model(args)
+    peers = {name: Peer(name, model_dir, args.device) for name in PEERS}
     engine = FlexpertEngine(model_dir, args)
     try:
         vocab_size = AutoConfig.from_pretrained(model_dir).vocab_size
-        systems: dict[str, Any] = {"flexpert": engine, **transformers_systems(model_dir, args.device)}
-        rows = throughput(systems, args, vocab_size)
-        del systems
-        gc.collect()
+        rows = throughput({"flexpert": engine, **peers}, args, vocab_size)
+        for peer in peers.values():
+            peer.close()
         rows += host_work(engine, vocab_size)
         if not args.no_gateway:
             rows += gateway_rows(engine, model_dir, vocab_size)
