@@ -60,6 +60,7 @@ class Controller:
             first_generation=facts.generation,
         )
         self._running: asyncio.Task[None] | None = None
+        self._begun = asyncio.Event()
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._changed = asyncio.Event()
         self._components: Components
@@ -72,7 +73,7 @@ class Controller:
 
     async def watch(self, after: int, timeout_s: float) -> dict[str, Any]:
         """Wait until something happened that is newer than event number `after`, at most timeout_s; tells where the cluster stands."""
-        self._ensure_running()
+        await self._ensure_running()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout_s)
         self._changed.clear()
@@ -88,7 +89,7 @@ class Controller:
 
     async def status(self) -> dict[str, Any]:
         """Everything `flexpert status` shows."""
-        self._ensure_running()
+        await self._ensure_running()
         processes = self._machine.processes()
         agent, gateway, *workers = await asyncio.gather(
             *(
@@ -112,15 +113,17 @@ class Controller:
 
     async def stop(self) -> None:
         """Begin to end the cluster: drained first, then all processes. `watch` tells when it is done."""
-        self._ensure_running()
+        await self._ensure_running()
         self._queue.put_nowait(StopRequested())
 
     # Inside
 
-    def _ensure_running(self) -> None:
+    async def _ensure_running(self) -> None:
+        """Start at the first call; no call is answered before it is known what an earlier controller left running."""
         if self._running is None:
             self._components = Components(self._spec, send=self._queue.put_nowait, tell=self._tell)
             self._running = asyncio.create_task(self._run())
+        await self._begun.wait()
 
     async def _run(self) -> None:
         try:
@@ -128,6 +131,7 @@ class Controller:
             for event in await self._components.find(facts.live, facts.generation):
                 self._take(event)
             self._take(Begin())
+            self._begun.set()
             while True:
                 self._take(await self._queue.get())
         except Exception as error:
@@ -137,6 +141,7 @@ class Controller:
                 "kind": "internal",
                 "reason": f"{type(error).__name__}: {error}",
             }
+            self._begun.set()
             self._changed.set()
 
     def _take(self, event: Event) -> None:

@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 import threading
+import traceback
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,11 @@ class RayCluster:
             if not isinstance(error, Exception):
                 raise
             where = f"the Ray cluster at {address} (RAY_ADDRESS) cannot be joined" if address else "Ray did not start"
-            raise RayUnavailable(f"{where}: {error}") from error
+            token = (
+                "; it asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to its token"
+            )
+            refused = "InvalidAuthToken" in "".join(traceback.format_exception(error))
+            raise RayUnavailable(f"{where}: {error}{token if refused else ''}") from error
         return cls(temp_dir=temp_dir)
 
     @property

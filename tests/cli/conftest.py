@@ -53,6 +53,10 @@ def cluster(tiny_model: Path) -> Iterator[Cluster]:
     found = Cluster.up(path, tiny_model)
     try:
         yield found.wait_ready()
-    finally:
+    except BaseException:
         found.end()
-        shutil.rmtree(path, ignore_errors=True)
+        raise
+    # As `timeout` and closed terminals do it: Ray's processes get the signal too. It must end in order all the same.
+    assert found.end(whole_group=True) == 0, found.text
+    assert not (path / "default" / "state.json").exists()
+    shutil.rmtree(path, ignore_errors=True)

@@ -20,6 +20,8 @@ from flexpert.controller.runtime_dir import RuntimeDir
 COMMAND = [sys.executable, "-m", "flexpert.cli"]
 START_TIMEOUT_S = 150.0
 END_TIMEOUT_S = 60.0
+TOKENS = 120
+GREEDY = {"temperature": 0.0}
 
 
 def wait_until(condition: Callable[[], Any], *, what: str, timeout_s: float = 30.0) -> Any:
@@ -117,10 +119,13 @@ class Cluster:
 
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, timeout=120, max_retries=0, **options)
 
-    def end(self) -> int:
-        """SIGTERM, the code it ends with; killed where it does not end."""
+    def end(self, *, whole_group: bool = False) -> int:
+        """SIGTERM to `up`, or to its process group and so to Ray's processes too; the code it ends with. Killed where it does not end."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+            if whole_group:
+                os.killpg(self.process.pid, signal.SIGTERM)
+            else:
+                self.process.send_signal(signal.SIGTERM)
         try:
             code = self.process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -129,3 +134,21 @@ class Cluster:
             raise
         assert self._closed.wait(10), "the output of up stays open: a process of it still runs"
         return code
+
+
+def stream_tokens(
+    client: Any, *, after: int = -1, then: Callable[[], None] | None = None, **sampling: Any
+) -> list[str]:
+    """The tokens of one streamed completion; `then` is called once `after` tokens have come."""
+    tokens: list[str] = []
+    chunks = client.completions.create(
+        model="tiny-qwen3-moe", prompt="Once upon a time", max_tokens=TOKENS, stream=True, logprobs=1,
+        extra_body={"ignore_eos": True}, **sampling,
+    )  # fmt: skip
+    for chunk in chunks:
+        if chunk.choices and chunk.choices[0].logprobs is not None:
+            tokens += chunk.choices[0].logprobs.tokens
+        if then is not None and len(tokens) >= after:
+            then()
+            then = None
+    return tokens

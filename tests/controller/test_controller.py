@@ -46,6 +46,7 @@ class PlayedComponents:
 
     async def find(self, live: list[str], generation: int) -> list[Event]:
         self.asked = (live, generation)
+        await asyncio.sleep(0)
         return list(self.found)
 
     def start_agent(self) -> None:
@@ -141,6 +142,15 @@ async def test_restarted_controller_takes_over_and_starts_nothing(
     assert second.asked == (["process-0"], 1)
     assert second.journal_when_assigned is None
     assert second.told_workers == [(WorkerAddress("worker-0", 1, "unix:/1"),)]
+
+
+async def test_restarted_controller_answers_only_once_it_knows_what_runs(
+    runtime: RuntimeDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await watch_until(make_controller(runtime), "ready")
+    found = (AgentReady(), GatewayReady(1), WorkerFound("process-0", "worker-0", 1, "unix:/1"))
+    monkeypatch.setattr(PlayedComponents, "found", found)
+    assert (await make_controller(runtime).status())["workers"] == [{"component": "process-0"}]
 
 
 async def test_replacement_is_told_with_the_time_it_took(runtime: RuntimeDir) -> None:
