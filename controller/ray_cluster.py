@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import tempfile
 import threading
 import traceback
@@ -27,6 +28,7 @@ from flexpert.controller.processes import ProcessId, children
 
 END_S = 15.0
 DEAD_RAY_S = 3.0
+REACH_S = 5.0
 NAMESPACE = "flexpert"
 OBJECT_STORE_BYTES = 80 << 20  # control messages only; Ray's own minimum is 75 MiB
 log = logging.getLogger(__name__)
@@ -50,7 +52,9 @@ class RayCluster:
 
     @classmethod
     def start(cls, *, address: str | None, num_cpus: int) -> RayCluster:
-        """A private Ray on this machine, or with an address the driver of a job there."""
+        """A private Ray on this machine, or with an address the driver of a job there. Raises RayUnavailable."""
+        if address is not None:
+            _check_reachable(address)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
@@ -103,6 +107,21 @@ class RayCluster:
         if self.temp_dir is None:
             kill_actors(actors)
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray tries for minutes; whether somebody listens is known at once. Raises RayUnavailable."""
+    host, _, port = address.rpartition(":")
+    if "://" in address:
+        raise RayUnavailable(
+            f"RAY_ADDRESS {address}: expected host:port of a Ray cluster that this machine is a node of, or auto"
+        )
+    if not port.isdigit():
+        return  # "auto", or a name that Ray may know
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+    except OSError as error:
+        raise RayUnavailable(f"the Ray cluster at {address} (RAY_ADDRESS) cannot be reached: {error}") from error
 
 
 def node_id() -> str:

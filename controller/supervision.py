@@ -224,11 +224,9 @@ class Supervision:
     ) -> None:
         """Decide between trying again at once, after a pause, and giving up."""
         trouble = self._trouble_of(component)
-        started = trouble.ready_at_s is not None
-        if trouble.ready_at_s is not None and now_s - trouble.ready_at_s >= self.config.stable_s:
-            trouble.failures = 0
-        trouble.ready_at_s = None
-        trouble.failures += 1
+        served_s = 0.0 if trouble.ready_at_s is None else now_s - trouble.ready_at_s
+        started, trouble.ready_at_s = trouble.ready_at_s is not None, None
+        trouble.failures = 1 if served_s >= self.config.stable_s else trouble.failures + 1
         trouble.start_failures += not started
         hopeless = (permanent and not trouble.was_ready) or trouble.start_failures >= self.config.max_start_failures
         if hopeless and not started and not self.ready:  # what serves is never ended for want of a spare part
@@ -238,7 +236,8 @@ class Supervision:
         if started and trouble.failures == 1:
             return  # it had been fine: replace it at once
         delay_s = min(self.config.backoff_max_s, self.config.backoff_base_s * 2 ** min(trouble.failures - 1, 16))
-        if not trouble.pausing:
+        delay_s -= served_s  # what keeps restarts apart is the time between them, not the time down
+        if delay_s > 0 and not trouble.pausing:
             trouble.pausing = True
             orders.append(Pause(component, delay_s))
 

@@ -13,7 +13,7 @@ from tests.cli.harness import flexpert
 from flexpert.cli.errors import CommandError
 from flexpert.cli.machine import available_memory_bytes, check_memory, cores
 from flexpert.cli.options import parse_bytes, show_bytes
-from flexpert.controller.runtime_dir import hold_lock, is_locked, make
+from flexpert.controller.runtime_dir import hold_lock, is_locked, make, write_json
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,30 @@ def test_truncated_weights_are_told_at_once(runtime: Path, tmp_path: Path, tiny_
 def test_down_of_nothing_is_no_error(runtime: Path) -> None:
     done = flexpert(runtime, "down")
     assert (done.returncode, done.stdout) == (0, "no cluster named 'default' runs\n")
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [("127.0.0.1:9", "cannot be reached"), ("ray://127.0.0.1:10001", "expected host:port")],
+)
+def test_ray_cluster_that_cannot_be_joined_is_told_at_once(
+    runtime: Path, tiny_model: Path, address: str, words: str
+) -> None:
+    done = flexpert(runtime, "up", str(tiny_model), "--device", "cpu", "--port", "0", RAY_ADDRESS=address)
+    assert done.returncode == 10
+    assert words in done.stderr
+
+
+def test_leftovers_in_a_ray_cluster_that_is_gone_keep_nobody_waiting(
+    runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLEXPERT_RUNTIME_DIR", str(runtime))
+    gone = {"pid": 2**22 + 1, "start_ticks": 1, "name": "up"}
+    write_json(make("default").state, {"up": gone, "ray_address": "127.0.0.1:9"})
+    done = flexpert(runtime, "down")
+    assert done.returncode == 0
+    assert "could not look for actors" in done.stdout
+    assert flexpert(runtime, "down").stdout == "no cluster named 'default' runs\n"
 
 
 def test_second_up_of_the_same_name_is_refused(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,15 +125,28 @@ def test_worker_that_dies_again_soon_is_started_after_a_pause_and_never_given_up
     machine = started(backoff_base_s=1, backoff_max_s=4)
     delays = []
     for number in range(8):
-        orders = machine.handle(Died(f"process-{number}", "crash"), now_s=number)
+        orders = machine.handle(Died(f"process-{number}", "crash"), now_s=0)
         pauses = [order for order in orders if isinstance(order, Pause)]
         delays.append(pauses[0].delay_s if pauses else 0)
         if pauses:
-            machine.handle(PauseOver("worker-0"), now_s=number)
-        machine.handle(ProcessWarm(f"process-{number + 1}"), now_s=number)
-        machine.handle(WorkerReady(f"process-{number + 1}", "unix:/w"), now_s=number)
+            machine.handle(PauseOver("worker-0"), now_s=0)
+        machine.handle(ProcessWarm(f"process-{number + 1}"), now_s=0)
+        machine.handle(WorkerReady(f"process-{number + 1}", "unix:/w"), now_s=0)
     assert delays == [0, 2, 4, 4, 4, 4, 4, 4]
     assert machine.ready
+
+
+def test_time_served_counts_against_the_pause() -> None:
+    machine = started(backoff_base_s=1, backoff_max_s=4)
+    delays = []
+    for number, now_s in enumerate((0, 1, 2, 6, 7)):  # served for 0, 1, 1, 4 and 1 s
+        orders = machine.handle(Died(f"process-{number}", "crash"), now_s=now_s)
+        pauses = [order for order in orders if isinstance(order, Pause)]
+        delays.append(pauses[0].delay_s if pauses else 0)
+        machine.handle(PauseOver("worker-0"), now_s=now_s)
+        machine.handle(ProcessWarm(f"process-{number + 1}"), now_s=now_s)
+        machine.handle(WorkerReady(f"process-{number + 1}", "unix:/w"), now_s=now_s)
+    assert delays == [0, 1, 3, 0, 3]
 
 
 def test_long_service_forgives_earlier_deaths() -> None:
