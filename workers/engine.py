@@ -117,35 +117,41 @@ class Engine:
             self.step()
 
     def step(self) -> bool:
-        """One step; False where there was nothing to compute."""
+        """One step; False where there was nothing to compute.
+
+        What the model or the sampler cannot compute costs the requests of that step. An error in the books or in the memory
+        operations is raised: after it they may contradict each other, and only a replacement's `restore` makes them whole again.
+        """
         began_s = time.perf_counter()
         self._take_inbox()
         plan = self._scheduler.schedule()
         if plan is None:
             self._send_stats(force=True)
             return False
+        self._memory.apply(plan.memory)
+        scheduled_s = time.perf_counter()
         try:
-            self._compute(plan, began_s)
+            logits = self._runner.forward(plan.rows)
+            sampled = self._sample(plan.rows, logits)
         except Exception as error:
             log.exception("step %d failed; its %d requests end with an error", plan.step, len(plan.rows))
             self._fail(plan, error)
+        else:
+            sampled_s = time.perf_counter()
+            self._finish(plan, sampled)
+            ended_s = time.perf_counter()
+            host_s = scheduled_s - began_s + self._runner.last_build_s + ended_s - sampled_s
+            self.times = StepTimes(host_s=host_s, step_s=ended_s - began_s)
+            if self.on_step is not None:
+                self.on_step(plan, self.times)
         self._send_stats(force=not self._live)
         return True
 
-    def _compute(self, plan: StepPlan, began_s: float) -> None:
-        self._memory.apply(plan.memory)
-        scheduled_s = time.perf_counter()
-        logits = self._runner.forward(plan.rows)
-        sampled = self._sample(plan.rows, logits)
-        sampled_s = time.perf_counter()
+    def _finish(self, plan: StepPlan, sampled: dict[str, Sampled]) -> None:
+        """The step is whole: its KV counts, its tokens go out."""
         self._memory.commit([(row.slot, row.end) for row in plan.rows])
         finished = self._scheduler.complete(plan, {name: token.token_id for name, token in sampled.items()})
         self._emit_outputs(plan, sampled, finished)
-        ended_s = time.perf_counter()
-        build_s = self._runner.last_build_s
-        self.times = StepTimes(host_s=scheduled_s - began_s + build_s + ended_s - sampled_s, step_s=ended_s - began_s)
-        if self.on_step is not None:
-            self.on_step(plan, self.times)
 
     def _sample(self, rows: tuple[Row, ...], logits: torch.Tensor) -> dict[str, Sampled]:
         """Split the runner's logits [wanted rows, vocab] by request; draw where a row asks for a token."""

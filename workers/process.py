@@ -76,6 +76,7 @@ class WorkerConfig:
 
 
 MAX_DEFAULT_KV_BYTES = 1 << 30
+BROKEN_EXIT_CODE = 70
 
 
 @dataclass
@@ -141,7 +142,7 @@ class WorkerProcess:
             address=self.config.address, cluster_token=self.config.cluster_token, welcome=welcome
         )
         self.address = self._server.start(engine)
-        self._thread = threading.Thread(target=engine.run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run_engine, args=(engine,), name="engine", daemon=True)
         self._thread.start()
         self.times.mark("listen")
         log.info(
@@ -152,6 +153,15 @@ class WorkerProcess:
             self.times.phases,
         )
         return self.address
+
+    def _run_engine(self, engine: Engine) -> None:
+        """A worker whose books cannot be trusted any more ends as if killed: its replacement maps what was committed."""
+        try:
+            engine.run()
+        except BaseException:
+            log.critical("the engine cannot go on; this worker ends for a replacement", exc_info=True)
+            logging.shutdown()
+            os._exit(BROKEN_EXIT_CODE)
 
     def stop(self) -> None:
         """End engine and server; weights, KV and records stay with the manager."""

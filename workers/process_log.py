@@ -32,7 +32,7 @@ class _ProcessLog(logging.handlers.RotatingFileHandler):
         self._follow()
 
     def _open(self) -> TextIOWrapper:
-        return open(self.baseFilename, self.mode, opener=lambda path, flags: os.open(path, flags, 0o600))
+        return open(self.baseFilename, "a", opener=lambda path, flags: os.open(path, flags, 0o600))
 
     def _follow(self) -> None:
         assert self.stream is not None

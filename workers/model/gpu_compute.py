@@ -30,6 +30,9 @@ _WARM_RUNS = 2
 
 @dataclass
 class _Captured:
+    """All that the graph reads and writes is held here: what is freed would be another tensor's memory at the next replay."""
+
+    inputs: StepTensors  # views of `rows`, and what was made before the capture
     rows: Tensor  # int64 [3, B], read by the graph
     logits: Tensor  # float32 [B, vocab], written by it
     graph: torch.cuda.CUDAGraph
@@ -108,4 +111,4 @@ class GpuCompute:
             logits = self.run(tensors, 0)
         self._pool = self._pool or graph.pool()
         log.info("captured the decode step of %d rows", rows.shape[1])
-        return _Captured(rows, logits, graph)
+        return _Captured(tensors, rows, logits, graph)
