@@ -242,7 +242,8 @@ class Components:
     async def _take_over(self, component: str, actor: Any, generation: int) -> Event | None:
         try:
             status = await asyncio.wait_for(ray_cluster.call(actor, "status"), FIND_TIMEOUT_S)
-        except (ActorGone, TimeoutError):
+        except Exception as error:
+            log.warning("%s was found and does not answer: %r", component, error)
             return None
         if not status:
             return None
@@ -255,13 +256,13 @@ class Components:
         return WorkerFound(component, status["worker_id"], status["incarnation"], status["address"])
 
     async def status(self, component: str) -> dict[str, Any]:
-        """What a component tells of itself; {} where it cannot."""
+        """What a component tells of itself; {} where it cannot, so that one in trouble never hides the others."""
         actor = self._actors.get(component)
         if actor is None:
             return {}
         try:
             return await asyncio.wait_for(ray_cluster.call(actor, "status"), FIND_TIMEOUT_S) or {}
-        except (ActorGone, TimeoutError) as error:
+        except Exception as error:
             log.warning("%s does not tell its status: %r", component, error)
             return {}
 
