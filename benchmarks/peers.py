@@ -6,9 +6,12 @@ A peer's process holds the model, waits on a pipe while others are measured, and
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+from flexpert.workers.threads import worker_environment
 
 Prompts = list[list[int]]
 PEERS = ("transformers generate", "transformers generate_batch")
@@ -21,7 +24,9 @@ class Peer:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, name, model_dir, device), daemon=True)
+        kept = {name: os.environ.pop(name, None) for name in worker_environment(threads=1)}
         self._process.start()
+        os.environ.update({name: value for name, value in kept.items() if value is not None})
         self._pipe.recv()
 
     def __call__(self, prompts: Prompts, output_tokens: int) -> tuple[int, float]:

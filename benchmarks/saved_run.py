@@ -34,12 +34,12 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """The checked-out commit, marked where the tree differs from it; "unknown" outside a checkout."""
+    """The checked-out commit, marked where the tree differs from it; outside a checkout what FLEXPERT_COMMIT says, or "unknown"."""
     here = Path(__file__).parent
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True
     )
-    return found.stdout.strip() or "unknown"
+    return found.stdout.strip() or os.environ.get("FLEXPERT_COMMIT", "unknown")
 
 
 def versions() -> dict[str, str]:

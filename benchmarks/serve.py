@@ -17,8 +17,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime
+import os
 import random
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -35,6 +37,7 @@ from flexpert.workers.framing import open_stream, worker_frames
 from flexpert.workers.messages import Hello, SamplingParams, StepOutput, Submit
 from flexpert.workers.process import WorkerConfig, WorkerProcess
 from flexpert.workers.step import StepPlan
+from flexpert.workers.threads import worker_environment
 
 TOKEN = "benchmark"
 
@@ -218,7 +221,7 @@ def gateway_rows(engine: FlexpertEngine, model_dir: Path, vocab_size: int) -> li
     with gateway_process.serving(model_dir, engine.worker.address, TOKEN) as url:
         direct: list[float] = []
         http: list[float] = []
-        for turn in range(6):
+        for turn in range(11):
             prompts = random_prompts(40, 64, vocab_size, seed=1000 + turn)
             first = asyncio.run(first_byte_direct(engine.worker.address, prompts[:20]))
             second = asyncio.run(first_byte_http(url, "bench", prompts[20:]))
@@ -282,6 +285,7 @@ def main() -> None:
     parser.add_argument("--no-gateway", action="store_true")
     parser.add_argument("--out", type=Path, default=saved_run.RESULTS)
     args = parser.parse_args()
+    run_as_a_worker()
     started = datetime.datetime.now(datetime.UTC)
     model_dir = choose_model(args)
     peers = {name: Peer(name, model_dir, args.device) for name in PEERS}
@@ -301,6 +305,13 @@ def main() -> None:
     saved_run.print_table(reached)
     name = "serve" if args.shape is None else f"serve-{args.shape}"
     print("saved", saved_run.save(name, device=args.device, rows=rows, goals=reached, started=started, folder=args.out))
+
+
+def run_as_a_worker() -> None:
+    """Start again with the environment that a worker has in a cluster; peers are started without it."""
+    wanted = worker_environment(threads=len(os.sched_getaffinity(0)))
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
 
 
 def choose_model(args: argparse.Namespace) -> Path:

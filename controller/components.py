@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -35,6 +34,7 @@ from flexpert.controller.supervision_types import (
     WorkerReady,
 )
 from flexpert.workers.actor import WorkerActor
+from flexpert.workers.threads import worker_environment
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +90,7 @@ class Components:
         self._background(self._spawn_process(name, urgent))
 
     async def _spawn_process(self, name: str, urgent: bool) -> None:
-        # Ray sets OMP_NUM_THREADS for actors. Waiting threads must sleep: where cores are shared, spinning ones cost ten times the time.
-        environment = {
-            "OMP_NUM_THREADS": str(self.spec.threads),
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        environment = worker_environment(threads=self.spec.threads)
         actor = ray_cluster.create_actor(WorkerActor, self._name(name), {"environment": environment, **self._log(name)})
         self._keep(name, actor)
         answer = await ray_cluster.call(actor, "warm", str(self.spec.model_dir), self.spec.device, urgent)

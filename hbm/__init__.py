@@ -4,7 +4,7 @@ Start or adopt it with `ensure_manager`, connect with `HbmClient.connect`. Impor
 """
 
 from flexpert.hbm.arena import KvArena, SlotRecord
-from flexpert.hbm.client import HbmClient, ManagerInfo, MappedSegment, MappedWeights, WeightsState
+from flexpert.hbm.client import HbmClient, ManagerInfo, WeightsState
 from flexpert.hbm.errors import (
     BudgetError,
     BusyError,
@@ -26,6 +26,7 @@ from flexpert.hbm.launch import (
     stop_manager,
 )
 from flexpert.hbm.loading import Copy, LoadPlan
+from flexpert.hbm.mapped_weights import MappedSegment, MappedWeights
 from flexpert.hbm.ops import ArenaOp, Claim, Map, Unmap
 
 __all__ = [

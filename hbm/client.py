@@ -25,11 +25,11 @@ import msgspec
 from flexpert.hbm import messages as m
 from flexpert.hbm import wire
 from flexpert.hbm.arena import KvArena
-from flexpert.hbm.backend import Range
 from flexpert.hbm.errors import HbmError, LoadError, ManagerGoneError, error_of_kind
 from flexpert.hbm.granules import Extent
-from flexpert.hbm.host import GRANULE_BYTES, HostBackend, memory_at
+from flexpert.hbm.host import GRANULE_BYTES, HostBackend
 from flexpert.hbm.loading import LoadPlan, check_plan, with_absolute_paths
+from flexpert.hbm.mapped_weights import MappedSegment, MappedWeights
 
 ManagerInfo = m.Info
 ANSWER_TIMEOUT_S = 30.0
@@ -47,36 +47,6 @@ class WeightsState:
     done_bytes: int = 0
     total_bytes: int = 0
     reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class MappedSegment:
-    address: int
-    nbytes: int
-
-    def memory(self) -> memoryview:
-        """The bytes, read-only; not to be used after the mapping is closed."""
-        return memory_at(self.address, self.nbytes, writable=False)
-
-
-class MappedWeights:
-    """Weights mapped read-only and shared, none copied. They stay mapped until `close`, or the client's."""
-
-    def __init__(
-        self, client: HbmClient, owner_id: int, segments: dict[str, MappedSegment], ranges: list[Range], manifest: bytes
-    ) -> None:
-        self.segments = segments
-        self.manifest = manifest
-        self._client, self._owner_id, self._ranges = client, owner_id, ranges
-
-    def close(self) -> None:
-        """Unmap; no view of the memory may be used afterwards."""
-        if self._ranges:
-            ranges, self._ranges = self._ranges, []
-            for mapped in ranges:
-                HostBackend().release(mapped)
-            with contextlib.suppress(HbmError):  # the manager has gone
-                self._client.release_weights(self._owner_id)
 
 
 class HbmClient:

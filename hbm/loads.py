@@ -19,10 +19,10 @@ import msgspec
 
 from flexpert.hbm import wire
 from flexpert.hbm.backend import Pool
-from flexpert.hbm.books import WeightSet
 from flexpert.hbm.errors import ProtocolError
 from flexpert.hbm.loop import READ, EventLoop
 from flexpert.hbm.messages import Done, ErrorReply, LoaderMessage, Progress
+from flexpert.hbm.records import WeightSet
 
 _READS_A_TURN = 16
 

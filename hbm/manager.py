@@ -15,12 +15,13 @@ from typing import Protocol
 
 from flexpert.hbm import messages as m
 from flexpert.hbm.backend import Backend
-from flexpert.hbm.books import Arena, Books, Client, Geometry, Lease, WeightSet
+from flexpert.hbm.books import Books
 from flexpert.hbm.errors import HbmError, LoadError, ProtocolError
 from flexpert.hbm.granules import Extent
 from flexpert.hbm.host import sealed_memfd
 from flexpert.hbm.loads import Load
 from flexpert.hbm.loop import EventLoop
+from flexpert.hbm.records import Arena, Client, Geometry, Lease, WeightSet
 
 log = logging.getLogger(__name__)
 

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 
 from flexpert.hbm import wire
 from flexpert.hbm.backend import Backend
-from flexpert.hbm.books import Client
 from flexpert.hbm.connection import Connection
 from flexpert.hbm.errors import ProtocolError
 from flexpert.hbm.limits import DESCRIPTORS_PER_CLIENT, RESERVED_DESCRIPTORS
 from flexpert.hbm.loop import READ, WRITE, EventLoop
 from flexpert.hbm.manager import Manager
 from flexpert.hbm.messages import PROTOCOL_VERSION, ErrorReply, Hello
+from flexpert.hbm.records import Client
 
 log = logging.getLogger(__name__)
 

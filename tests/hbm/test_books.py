@@ -11,9 +11,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from flexpert.hbm.books import Arena, Books, Client, Geometry, Lease, WeightSet
+from flexpert.hbm.books import Books
 from flexpert.hbm.errors import BudgetError, BusyError, FencedError, HbmError, NotFoundError, ProtocolError
 from flexpert.hbm.granules import Extent, ids_of
+from flexpert.hbm.records import Arena, Client, Geometry, Lease, WeightSet
 
 GRANULE_BYTES = 100
 NUM_GRANULES = 24

@@ -12,9 +12,9 @@ import msgspec
 import pytest
 
 from flexpert.hbm import GRANULE_BYTES, messages, wire
-from flexpert.hbm.books import Client
 from flexpert.hbm.host import HostBackend
 from flexpert.hbm.loop import EventLoop
+from flexpert.hbm.records import Client
 from flexpert.hbm.server import Server
 
 
