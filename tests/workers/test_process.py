@@ -18,7 +18,7 @@ from tests.families import make_model
 from flexpert.hbm import HbmClient, HbmError, ManagerConfig, ensure_manager, stop_manager
 from flexpert.workers.framing import open_stream, worker_frames
 from flexpert.workers.messages import Failed, Finished, Hello, SamplingParams, Stats, StepOutput, Submit
-from flexpert.workers.process import WorkerConfig, WorkerProcess, WorkerStartError
+from flexpert.workers.process import BROKEN_EXIT_CODE, WorkerConfig, WorkerProcess, WorkerStartError
 
 TOKEN = "secret"
 PROMPTS = [[7 * i % 90 + 3 for i in range(n)] for n in (5, 40, 133)]
@@ -290,3 +290,39 @@ def test_prompt_logprobs_are_those_of_the_model(model_dir):
     wanted = [expected[i, token].item() for i, token in enumerate(prompt[1:])]
     assert scores.logprobs == pytest.approx(wanted, abs=1e-3)
     assert [top[0][0] for top in scores.top] == expected[:-1].argmax(-1).tolist()
+
+
+def test_a_worker_whose_books_cannot_be_trusted_ends_for_a_replacement(model_dir, tmp_path):
+    script = f"""
+import threading
+from pathlib import Path
+from flexpert.workers.messages import SamplingParams, Submit
+from flexpert.workers.process import WorkerConfig, WorkerProcess
+
+worker = WorkerProcess(WorkerConfig(worker_id="w", model_dir=Path({str(model_dir)!r}), model_id="m", cluster_token="t",
+                                    address="unix:{tmp_path}/w.sock", max_running=4, max_context_tokens=512))
+worker.start()
+def broken(ops):
+    raise OSError("planted")
+worker.engine._memory.apply = broken
+worker.engine.submit("o", Submit(request_id="r", prompt_token_ids=[5], params=SamplingParams(max_tokens=1, seed=0)))
+threading.Event().wait(60)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == BROKEN_EXIT_CODE
+    assert "this worker ends for a replacement" in ended.stderr
+
+
+def test_the_last_stats_of_an_idle_worker_say_so(model_dir):
+    worker = in_process(model_dir)
+    frames: list = []
+    worker.tap("tap", frames.append)
+    worker.start()
+    try:
+        worker.engine.join("tap")
+        worker.engine.submit("tap", submits(GREEDY)[0])
+        asyncio.run(read_tokens(worker.address, submits(GREEDY)[1:]))
+    finally:
+        worker.stop()
+    last = [frame for frame in frames if isinstance(frame, Stats)][-1]
+    assert (last.running, last.waiting, last.kv_used_tokens) == (0, 0, 0)
