@@ -87,52 +87,53 @@ def experts_forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, 
 
 
 def _cpu_rows(hidden: Tensor, expert: Tensor, slabs: ExpertSlabs) -> Tensor:
-    """The unweighted result of each (token, k): [tokens, k, H]."""
+    """The unweighted result of each (token, k): [tokens, k, H].
+
+    Gathered rows lie in two parts: the first 16 of every expert, which one batched product takes, and those beyond, expert by
+    expert.
+    Where most experts are idle or most rows would lie beyond (prefill), the first part is empty.
+    """
     tokens, top_k = expert.shape
     ids = expert.reshape(-1).numpy()
     counts = np.bincount(ids, minlength=slabs.num_experts)
     padded = -(-counts // ROW_GROUP) * ROW_GROUP
-    capacity = int(padded.max())
-    batched = capacity * slabs.num_experts <= 2 * int(padded.sum())
-    begin = np.arange(slabs.num_experts) * capacity if batched else np.cumsum(padded) - padded
+    together = ROW_GROUP * slabs.num_experts
+    if not together <= 2 * int(padded.sum()) <= 4 * together:
+        together = 0
+    beyond = np.maximum(padded - ROW_GROUP, 0) if together else padded
+    begin = together + np.cumsum(beyond) - beyond
     order = np.argsort(ids, kind="stable")
+    sorted_ids = ids[order]
+    rank = np.arange(len(ids)) - (np.cumsum(counts) - counts)[sorted_ids]  # among the rows of its expert
+    placed = begin[sorted_ids] + rank
+    if together:
+        placed = np.where(rank < ROW_GROUP, sorted_ids * ROW_GROUP + rank, placed - ROW_GROUP)
     place = np.empty_like(ids)  # of each (token, k) among the gathered rows
-    place[order] = np.arange(len(ids)) + (begin - (np.cumsum(counts) - counts))[ids[order]]
-    source = np.zeros(capacity * slabs.num_experts if batched else int(padded.sum()), dtype=np.int64)
+    place[order] = placed
+    source = np.zeros(together + int(beyond.sum()), dtype=np.int64)
     source[place] = np.arange(len(ids)) // top_k
     gathered = hidden.index_select(0, torch.from_numpy(source))
-    if batched:
-        result = _all_at_once(gathered.view(slabs.num_experts, capacity, -1), slabs).flatten(0, 1)
-    else:
-        result = _one_by_one(gathered, begin, padded, slabs)
+    runs = [(e, int(begin[e]), int(begin[e] + beyond[e])) for e in np.flatnonzero(beyond)]
+    inner = _multiply(gathered, slabs.up, slabs.up_bias, together, runs)
+    result = _multiply(slabs.activate(inner), slabs.down, slabs.down_bias, together, runs)
     return result.index_select(0, torch.from_numpy(place)).view(tokens, top_k, -1)
 
 
-def _all_at_once(gathered: Tensor, slabs: ExpertSlabs) -> Tensor:
-    """[E, capacity, H] -> [E, capacity, H], where the experts' loads are even: one product instead of E."""
-    inner = torch.bmm(gathered, slabs.up)
-    if slabs.up_bias is not None:
-        inner += slabs.up_bias.unsqueeze(1)
-    result = torch.bmm(slabs.activate(inner), slabs.down)
-    if slabs.down_bias is not None:
-        result += slabs.down_bias.unsqueeze(1)
-    return result
-
-
-def _one_by_one(gathered: Tensor, begin: np.ndarray, count: np.ndarray, slabs: ExpertSlabs) -> Tensor:
-    """Rows [begin[e], begin[e] + count[e]) through expert e; an expert without rows is not touched."""
-    runs = [(e, int(begin[e]), int(begin[e] + count[e])) for e in np.flatnonzero(count)]
-    inner = gathered.new_empty(len(gathered), slabs.up.shape[2])
-    for e, first, end in runs:
-        torch.mm(gathered[first:end], slabs.up[e], out=inner[first:end])
-        if slabs.up_bias is not None:
-            inner[first:end] += slabs.up_bias[e]
-    activated = slabs.activate(inner)
-    result = torch.empty_like(gathered)
-    for e, first, end in runs:
-        torch.mm(activated[first:end], slabs.down[e], out=result[first:end])
-        if slabs.down_bias is not None:
-            result[first:end] += slabs.down_bias[e]
+def _multiply(
+    rows: Tensor, matrices: Tensor, bias: Tensor | None, together: int, runs: list[tuple[int, int, int]]
+) -> Tensor:
+    """rows [:together] are equally many of every expert, the rest as `runs` (expert, first row, end) says."""
+    result = rows.new_empty(len(rows), matrices.shape[2])
+    if together:
+        shape = (len(matrices), together // len(matrices))
+        first = result[:together].unflatten(0, shape)
+        torch.bmm(rows[:together].unflatten(0, shape), matrices, out=first)
+        if bias is not None:
+            first += bias.unsqueeze(1)
+    for expert, begin, end in runs:
+        torch.mm(rows[begin:end], matrices[expert], out=result[begin:end])
+        if bias is not None:
+            result[begin:end] += bias[expert]
     return result
 
 
