@@ -113,7 +113,7 @@ def _cpu_rows(hidden: Tensor, expert: Tensor, slabs: ExpertSlabs) -> Tensor:
     source = np.zeros(together + int(beyond.sum()), dtype=np.int64)
     source[place] = np.arange(len(ids)) // top_k
     gathered = hidden.index_select(0, torch.from_numpy(source))
-    runs = [(e, int(begin[e]), int(begin[e] + beyond[e])) for e in np.flatnonzero(beyond)]
+    runs = [(int(e), int(begin[e]), int(begin[e] + beyond[e])) for e in np.flatnonzero(beyond)]
     inner = _multiply(gathered, slabs.up, slabs.up_bias, together, runs)
     result = _multiply(slabs.activate(inner), slabs.down, slabs.down_bias, together, runs)
     return result.index_select(0, torch.from_numpy(place)).view(tokens, top_k, -1)

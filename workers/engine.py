@@ -37,6 +37,11 @@ log = logging.getLogger(__name__)
 
 Owner = Hashable
 STATS_INTERVAL_S = 0.25
+MAX_FAILED_STEPS = 8
+# After an error of the device (an illegal access, a failed assertion) every later call fails too.
+_DEVICE_ERRORS: tuple[type[Exception], ...] = tuple(
+    getattr(torch, name) for name in ("AcceleratorError",) if hasattr(torch, name)
+)
 
 
 @dataclass(slots=True)
@@ -80,6 +85,8 @@ class Engine:
         self._stopping = False
         self._owners: set[Owner] = set()
         self._last_stats_s = 0.0
+        self._failed_steps = 0
+        self.step_began_s: float | None = None
         self.times = StepTimes()
         self.on_step: Callable[[StepPlan, StepTimes], None] | None = None
 
@@ -114,7 +121,9 @@ class Engine:
                 self._wake.wait_for(lambda: self._stopping or self._inbox or self._live)
                 if self._stopping:
                     return
+            self.step_began_s = time.monotonic()
             self.step()
+            self.step_began_s = None
 
     def step(self) -> bool:
         """One step; False where there was nothing to compute.
@@ -134,9 +143,13 @@ class Engine:
             logits = self._runner.forward(plan.rows)
             sampled = self._sample(plan.rows, logits)
         except Exception as error:
+            self._failed_steps += 1
+            if isinstance(error, _DEVICE_ERRORS) or self._failed_steps == MAX_FAILED_STEPS:
+                raise  # no later step can succeed: a replacement replays these requests
             log.exception("step %d failed; its %d requests end with an error", plan.step, len(plan.rows))
             self._fail(plan, error)
         else:
+            self._failed_steps = 0
             sampled_s = time.perf_counter()
             self._finish(plan, sampled)
             ended_s = time.perf_counter()
@@ -169,8 +182,24 @@ class Engine:
         if not sampling:
             return {}
         chosen = logits if picked == list(range(len(logits))) else logits[picked]
-        tokens = self._sampler.sample(chosen, [self._live[row.request_id].sampling for row in sampling])
+        states = [self._live[row.request_id].sampling for row in sampling]
+        try:
+            tokens = self._sampler.sample(chosen, states)
+        except FloatingPointError:
+            return self._sample_one_by_one(sampling, chosen)
         return {row.request_id: token for row, token in zip(sampling, tokens, strict=True)}
+
+    def _sample_one_by_one(self, rows: list[Row], logits: torch.Tensor) -> dict[str, Sampled]:
+        """A row that cannot be drawn from costs its own request and no other."""
+        drawn: dict[str, Sampled] = {}
+        for i, row in enumerate(rows):
+            try:
+                (drawn[row.request_id],) = self._sampler.sample(
+                    logits[i : i + 1], [self._live[row.request_id].sampling]
+                )
+            except FloatingPointError as error:
+                self._fail_request(row.request_id, "invalid_request", f"no token can be drawn: {error}")
+        return drawn
 
     def _keep_prompt_logprobs(self, row: Row, logits: torch.Tensor) -> None:
         """Row i of `logits` scores the prompt's token start + i + 1; the last row of the prompt scores the first output."""
@@ -189,7 +218,7 @@ class Engine:
         outputs: dict[Owner, StepOutput] = {}
 
         def output_of(owner: Owner) -> StepOutput:
-            return outputs.setdefault(owner, StepOutput(step=plan.step, tokens=[], prompt_logprobs=[], finished=[]))
+            return outputs.setdefault(owner, StepOutput(step=plan.step, tokens=[], finished=[]))
 
         ended = {end.request_id for end in finished}
         for row in plan.rows:
@@ -220,13 +249,16 @@ class Engine:
             self._emit(owner, frame)
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
+        text = f"the worker could not compute this request: {type(error).__name__}: {error}"
         for row in plan.rows:
-            self._scheduler.cancel(row.request_id)
-            live = self._live.pop(row.request_id, None)
-            if live is not None:
-                text = f"the worker could not compute this request: {type(error).__name__}: {error}"
-                self._emit(live.owner, Failed(request_id=row.request_id, code="internal", message=text))
+            self._fail_request(row.request_id, "internal", text)
         self._scheduler.abandon(plan)
+
+    def _fail_request(self, request_id: str, code: str, message: str) -> None:
+        self._scheduler.cancel(request_id)
+        live = self._live.pop(request_id, None)
+        if live is not None:
+            self._emit(live.owner, Failed(request_id=request_id, code=code, message=message))
 
     # The inbox
 
@@ -247,6 +279,9 @@ class Engine:
                     self._drop(name)
 
     def _admit(self, owner: Owner, submit: Submit) -> None:
+        known = self._live.get(submit.request_id)
+        if known is not None and known.owner != owner:  # its gateway came back before its old stream was seen to end
+            self._drop(submit.request_id)
         try:
             ended = self._scheduler.submit(submit)
         except RequestRejected as error:

@@ -42,12 +42,12 @@ class FrameCodec(Generic[Frame]):
         except msgspec.DecodeError as error:
             raise FrameError(f"a frame of {len(body)} bytes could not be decoded: {error}") from error
 
-    async def read(self, reader: asyncio.StreamReader) -> Frame | None:
+    async def read(self, reader: asyncio.StreamReader, *, max_bytes: int = MAX_FRAME_BYTES) -> Frame | None:
         """The next frame, or None where the peer closed the stream (also in the middle of a frame: it died)."""
         try:
             length = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "big")
-            if length > MAX_FRAME_BYTES:
-                raise FrameError(f"a frame announces {length} bytes, at most {MAX_FRAME_BYTES} are read")
+            if length > max_bytes:
+                raise FrameError(f"a frame announces {length} bytes, at most {max_bytes} are read here")
             body = await reader.readexactly(length)
         except (asyncio.IncompleteReadError, ConnectionError):
             return None

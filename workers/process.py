@@ -77,6 +77,7 @@ class WorkerConfig:
 
 MAX_DEFAULT_KV_BYTES = 1 << 30
 BROKEN_EXIT_CODE = 70
+STEP_LIMIT_S = 120.0
 
 
 @dataclass
@@ -116,6 +117,7 @@ class WorkerProcess:
         self._engine: Engine | None = None
         self._server: WorkerServer | None = None
         self._thread: threading.Thread | None = None
+        self._stopped = threading.Event()
         self._taps: dict[Owner, Callable[[WorkerFrame], None]] = {}
 
     def start(self, on_progress: Progress | None = None) -> str:
@@ -144,6 +146,7 @@ class WorkerProcess:
         self.address = self._server.start(engine)
         self._thread = threading.Thread(target=self._run_engine, args=(engine,), name="engine", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._watch, args=(engine,), name="watchdog", daemon=True).start()
         self.times.mark("listen")
         log.info(
             "worker %s serves %s at %s; %s",
@@ -160,11 +163,19 @@ class WorkerProcess:
             engine.run()
         except BaseException:
             log.critical("the engine cannot go on; this worker ends for a replacement", exc_info=True)
-            logging.shutdown()
-            os._exit(BROKEN_EXIT_CODE)
+            _end_for_a_replacement()
+
+    def _watch(self, engine: Engine) -> None:
+        """A step that hangs (a device that does not answer) ends the worker too."""
+        while not self._stopped.wait(STEP_LIMIT_S / 8):
+            began_s = engine.step_began_s
+            if began_s is not None and time.monotonic() - began_s > STEP_LIMIT_S:
+                log.critical("a step takes longer than %g s; this worker ends for a replacement", STEP_LIMIT_S)
+                _end_for_a_replacement()
 
     def stop(self) -> None:
         """End engine and server; weights, KV and records stay with the manager."""
+        self._stopped.set()
         if self._engine is not None and self._thread is not None:
             self._engine.stop()
             self._thread.join()
@@ -268,7 +279,8 @@ class WorkerProcess:
         scheduler = Scheduler(scheduler_config, books)
         self._runner = runner = ModelRunner(bound, memory.tensor)
         self._engine = Engine(scheduler=scheduler, runner=runner, sampler=Sampler(), memory=memory, emit=self._deliver)
-        return self._engine, max_context_tokens
+        # What a single request can ever hold: the model's context, or all of the KV memory where that is less.
+        return self._engine, min(max_context_tokens, books.capacity_tokens)
 
     def _max_context(self, servable: ServableModel) -> int:
         wanted = self.config.max_context_tokens
@@ -328,6 +340,11 @@ class WorkerProcess:
             )
 
 
+def _end_for_a_replacement() -> None:
+    logging.shutdown()
+    os._exit(BROKEN_EXIT_CODE)
+
+
 def round_up(value: int, multiple: int) -> int:
     """The least multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple
@@ -337,7 +354,7 @@ def drop_leftovers(client: HbmClient, *, keep_weights: str, keep_arena: str) -> 
     """Free what an earlier model left on this device: weights nobody maps, KV nobody holds. One device serves one model."""
     info = client.info()
     for weights in info.weights:
-        if weights.key != keep_weights and not weights.readers and weights.state != "dropped":
+        if weights.key != keep_weights and not weights.readers and weights.state in ("ready", "failed"):
             log.info("dropping %d bytes of weights that nobody uses any more", weights.nbytes)
             client.drop_weights(weights.key)
     for arena in info.arenas:
@@ -348,7 +365,9 @@ def drop_leftovers(client: HbmClient, *, keep_weights: str, keep_arena: str) -> 
 
 def weights_key(model_dir: Path, dtype: str) -> str:
     """Names the bytes that a checkpoint becomes: its files (name, size, modification time), the dtype, the layout's version."""
-    files = sorted(path for path in model_dir.iterdir() if path.suffix in {".safetensors", ".json"})
+    files = sorted(
+        [*model_dir.glob("*.safetensors"), *model_dir.glob("*.safetensors.index.json"), model_dir / "config.json"]
+    )
     stamp = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     text = repr((str(model_dir.resolve()), stamp, dtype, LAYOUT_VERSION))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

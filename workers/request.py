@@ -104,7 +104,7 @@ def _check_params(params: SamplingParams) -> None:
         ("top_p", 0 < params.top_p <= 1, "above 0 and at most 1"),
         ("top_k", params.top_k >= 0, "0 (all) or more"),
         ("min_p", 0 <= params.min_p <= 1, "between 0 and 1"),
-        ("repetition_penalty", params.repetition_penalty > 0 and math.isfinite(params.repetition_penalty), "above 0"),
+        ("repetition_penalty", 0.01 <= params.repetition_penalty <= 100, "between 0.01 and 100"),
         ("presence_penalty", math.isfinite(params.presence_penalty), "a finite number"),
         ("frequency_penalty", math.isfinite(params.frequency_penalty), "a finite number"),
         ("logit_bias", all(math.isfinite(bias) for bias in params.logit_bias.values()), "finite numbers by token id"),

@@ -5,7 +5,7 @@ A row's logits pass, in this order:
     presence, frequency    output tokens: less presence_penalty + count * frequency_penalty (OpenAI's definition)
     logit_bias             added
     min_tokens             stop tokens are impossible while fewer have been drawn
-    temperature            0 is greedy: the largest, the lowest id of equals
+    temperature            below 1e-5 is greedy: the largest, the lowest id of equals
     top_k, top_p, min_p    as in transformers; of equal logits at the edge the lowest ids stay
 and one uniform number of `workers.random_bits` picks the token by the inverse of the distribution function: in order of ids
 where no filter applies, else from the most probable down.
@@ -46,6 +46,7 @@ __all__ = ["Sampled", "Sampler", "SamplingState", "prompt_logprobs"]
 
 Top = tuple[tuple[int, float], ...]
 
+GREEDY_BELOW = 1e-5  # a smaller temperature would leave the range of float32 and choose the largest anyway
 _SCORED_ROWS = 64  # prompt_logprobs: rows whose log-softmax is in memory at a time
 # How many of the largest logits the filters look at, first of all rows, then where that is not enough; and of how many rows at
 # a time on the CPU, so that arrays stay in cache.
@@ -99,7 +100,7 @@ class SamplingState:
         self.choice_index = choice_index
         self.prompt_token_ids = prompt_token_ids
         self.num_output_tokens = 0
-        self.is_greedy = params.temperature == 0.0
+        self.is_greedy = params.temperature < GREEDY_BELOW
         self.counts: _Counts | None = None
         if params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
             self.counts = _Counts()

@@ -21,6 +21,7 @@ from flexpert.workers.messages import PROTOCOL_VERSION, Hello, Refused, Submit, 
 log = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 5.0
+MAX_HELLO_BYTES = 64 << 10  # until a peer has shown the cluster's token
 MAX_UNSENT_BYTES = 256 << 20
 
 
@@ -106,8 +107,10 @@ class WorkerServer:
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Owner | None:
         try:
-            hello = await asyncio.wait_for(self._codec.read(reader), HELLO_TIMEOUT_S)
+            hello = await asyncio.wait_for(self._codec.read(reader, max_bytes=MAX_HELLO_BYTES), HELLO_TIMEOUT_S)
         except TimeoutError:
+            return None
+        if hello is None:  # looked in and left
             return None
         reason = self._refusal(hello)
         if reason is not None:

@@ -16,6 +16,7 @@ import pytest
 from tests.families import make_model
 
 from flexpert.hbm import HbmClient, HbmError, ManagerConfig, ensure_manager, stop_manager
+from flexpert.workers.engine import MAX_FAILED_STEPS
 from flexpert.workers.framing import open_stream, worker_frames
 from flexpert.workers.messages import Failed, Finished, Hello, SamplingParams, Stats, StepOutput, Submit
 from flexpert.workers.process import BROKEN_EXIT_CODE, WorkerConfig, WorkerProcess, WorkerStartError
@@ -326,3 +327,61 @@ def test_the_last_stats_of_an_idle_worker_say_so(model_dir):
         worker.stop()
     last = [frame for frame in frames if isinstance(frame, Stats)][-1]
     assert (last.running, last.waiting, last.kv_used_tokens) == (0, 0, 0)
+
+
+def test_a_request_that_no_token_can_be_drawn_for_ends_alone(model_dir):
+    worker = in_process(model_dir)
+    vocab_size = 96
+    masked = SamplingParams(max_tokens=4, min_tokens=2, seed=0, stop_token_ids=tuple(range(vocab_size)))
+    try:
+        address = worker.start()
+        poison = Submit(request_id="poison", prompt_token_ids=[5], params=masked)
+        tokens, others = asyncio.run(read_tokens(address, [poison, *submits(SEEDED)]))
+    finally:
+        worker.stop()
+    (failed,) = [frame for frame in others if isinstance(frame, Failed)]
+    assert (failed.request_id, failed.code) == ("poison", "invalid_request")
+    assert [len(tokens[f"r{i}"]) for i in range(3)] == [48, 48, 48]
+
+
+def test_a_gateway_that_comes_back_early_takes_its_requests_over(model_dir):
+    worker = in_process(model_dir)
+    frames: list = []
+    worker.tap("old", lambda frame: None)
+    worker.tap("new", frames.append)
+    worker.start()
+    try:
+        long = SamplingParams(max_tokens=400, seed=0, temperature=0.0)
+        worker.engine.submit("old", Submit(request_id="r0", prompt_token_ids=PROMPTS[0], params=long))
+        worker.engine.submit("new", submits(GREEDY)[0])
+        worker.engine.leave("old")
+        asyncio.run(read_tokens(worker.address, submits(GREEDY)[1:]))
+    finally:
+        worker.stop()
+    steps = [frame for frame in frames if isinstance(frame, StepOutput)]
+    assert sum(len(frame.tokens) for frame in steps) == 48
+    assert [end.request_id for frame in steps for end in frame.finished] == ["r0"]
+
+
+def test_a_worker_announces_no_more_context_than_its_memory_holds(model_dir):
+    worker = in_process(model_dir)
+    worker.start()
+    capacity = worker.engine._scheduler.stats().kv_capacity_tokens
+    assert worker._server._welcome.max_context_tokens == min(512, capacity)
+    worker.stop()
+
+
+def test_steps_that_all_fail_end_the_worker(model_dir, monkeypatch):
+    worker = in_process(model_dir)
+    worker.start()
+    engine = worker.engine
+    engine.stop()
+    worker._thread.join()
+    monkeypatch.setattr(engine._runner, "forward", lambda rows: (_ for _ in ()).throw(RuntimeError("planted")))
+    for i in range(MAX_FAILED_STEPS - 1):
+        engine.submit("o", Submit(request_id=f"{i}", prompt_token_ids=[5], params=GREEDY))
+        engine.step()
+    engine.submit("o", Submit(request_id="last", prompt_token_ids=[5], params=GREEDY))
+    with pytest.raises(RuntimeError, match="planted"):
+        engine.step()
+    worker.stop()
