@@ -6,7 +6,6 @@ nowhere else. The Ray actor (`workers.actor`), the benchmarks and the tests use 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import threading
@@ -38,12 +37,12 @@ from flexpert.workers.runner import ModelRunner
 from flexpert.workers.sampling import Sampler
 from flexpert.workers.scheduler import Scheduler, SchedulerConfig
 from flexpert.workers.server import WorkerServer
+from flexpert.workers.weights import drop_leftovers, weights_key
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 DONOR_SLOTS_PER_RUNNING = 1
-LAYOUT_VERSION = 1
 
 
 class WorkerStartError(RuntimeError):
@@ -348,26 +347,3 @@ def _end_for_a_replacement() -> None:
 def round_up(value: int, multiple: int) -> int:
     """The least multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple
-
-
-def drop_leftovers(client: HbmClient, *, keep_weights: str, keep_arena: str) -> None:
-    """Free what an earlier model left on this device: weights nobody maps, KV nobody holds. One device serves one model."""
-    info = client.info()
-    for weights in info.weights:
-        if weights.key != keep_weights and not weights.readers and weights.state in ("ready", "failed"):
-            log.info("dropping %d bytes of weights that nobody uses any more", weights.nbytes)
-            client.drop_weights(weights.key)
-    for arena in info.arenas:
-        if arena.name != keep_arena and arena.holder_pid == 0:
-            log.info("dropping a KV arena of %d granules that nobody uses any more", arena.granules)
-            client.drop_kv_arena(arena.name)
-
-
-def weights_key(model_dir: Path, dtype: str) -> str:
-    """Names the bytes that a checkpoint becomes: its files (name, size, modification time), the dtype, the layout's version."""
-    files = sorted(
-        [*model_dir.glob("*.safetensors"), *model_dir.glob("*.safetensors.index.json"), model_dir / "config.json"]
-    )
-    stamp = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    text = repr((str(model_dir.resolve()), stamp, dtype, LAYOUT_VERSION))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
