@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -313,17 +313,4 @@ class Engine:
 
     def stats(self) -> Stats:
         """Load and times as of the last step."""
-        found = self._scheduler.stats()
-        return Stats(
-            waiting=found.waiting,
-            running=found.running,
-            kv_used_tokens=found.kv_used_tokens,
-            kv_capacity_tokens=found.kv_capacity_tokens,
-            steps=found.steps,
-            prefill_tokens=found.prefill_tokens,
-            decode_tokens=found.decode_tokens,
-            cached_prompt_tokens=found.cached_prompt_tokens,
-            preemptions=found.preemptions,
-            step_s=self.times.step_s,
-            host_s=self.times.host_s,
-        )
+        return Stats(**asdict(self._scheduler.stats()), step_s=self.times.step_s, host_s=self.times.host_s)
