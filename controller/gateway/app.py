@@ -26,8 +26,9 @@ from flexpert.controller.gateway.metrics import GatewayMetrics
 from flexpert.controller.gateway.pool import WorkerPool
 from flexpert.controller.gateway.prepare import Prepared, check_supported, choices_of, prepare_chat, prepare_completion
 from flexpert.controller.gateway.render import ChatRenderer, CompletionRenderer
-from flexpert.controller.gateway.responses import GenerationResponse, error_response
+from flexpert.controller.gateway.responses import GenerationResponse, error_response, while_connected
 from flexpert.controller.gateway.tokenizer import ModelTokenizer
+from flexpert.workers.messages import Welcome
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorResponse, "description": text}
@@ -98,12 +99,13 @@ def _add_inference(app: FastAPI, parts: Parts) -> None:
         responses=_ERRORS | {200: {"model": schema.CompletionResponse, "content": _STREAM}},
         response_class=Response,
     )
-    async def create_completion(request: schema.CompletionRequest) -> Response:
+    async def create_completion(request: schema.CompletionRequest, connection: Request) -> Response:
         """Continue a prompt."""
         check_supported(request, model_id=parts.model_id)
         ticket = Ticket(parts.admission, choices_of(request))
         try:
-            prepared = await prepare_completion(request, tokenizer=parts.tokenizer, limits=await parts.pool.limits())
+            limits = await _limits(parts, connection)
+            prepared = await prepare_completion(request, tokenizer=parts.tokenizer, limits=limits)
             generation = _generation(parts, "cmpl", prepared, ticket, stream=bool(request.stream))
             usage = _wants_usage(request)
             renderer = CompletionRenderer(
@@ -127,12 +129,13 @@ def _add_inference(app: FastAPI, parts: Parts) -> None:
         responses=_ERRORS | {200: {"model": schema.ChatResponse, "content": _STREAM}},
         response_class=Response,
     )
-    async def create_chat_completion(request: schema.ChatRequest) -> Response:
+    async def create_chat_completion(request: schema.ChatRequest, connection: Request) -> Response:
         """Answer a conversation."""
         check_supported(request, model_id=parts.model_id)
         ticket = Ticket(parts.admission, choices_of(request))
         try:
-            prepared = await prepare_chat(request, tokenizer=parts.tokenizer, limits=await parts.pool.limits())
+            limits = await _limits(parts, connection)
+            prepared = await prepare_chat(request, tokenizer=parts.tokenizer, limits=limits)
             generation = _generation(parts, "chatcmpl", prepared, ticket, stream=bool(request.stream))
             usage = _wants_usage(request)
             renderer = ChatRenderer(
@@ -148,6 +151,13 @@ def _add_inference(app: FastAPI, parts: Parts) -> None:
             ticket.release(served=False)
             raise
         return GenerationResponse(generation, renderer, include_usage=usage)
+
+
+async def _limits(parts: Parts, connection: Request) -> Welcome:
+    """Waits for the first worker, as long as the client does."""
+    if parts.pool.limits_known:
+        return await parts.pool.limits()
+    return await while_connected(parts.pool.limits(), connection)
 
 
 def _generation(parts: Parts, prefix: str, prepared: Prepared, ticket: Ticket, *, stream: bool) -> Generation:

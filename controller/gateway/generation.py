@@ -37,17 +37,21 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """cached_tokens None: not known of every prompt."""
+
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int
+    cached_tokens: int | None
 
     def fields(self) -> dict[str, object]:
-        return {
+        fields: dict[str, object] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        if self.cached_tokens is not None:
+            fields["prompt_tokens_details"] = {"cached_tokens": self.cached_tokens}
+        return fields
 
 
 class Generation:
@@ -114,12 +118,17 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        firsts = self.outputs[:: self._prepared.n]
+        cached = self._cached_tokens
         return Usage(
             prompt_tokens=sum(len(item.prompt.token_ids) for item in self._prepared.prompts),
             completion_tokens=sum(output.completion_tokens for output in self.outputs),
-            cached_tokens=sum(output.cached_tokens for output in firsts),
+            cached_tokens=None if None in cached else sum(tokens or 0 for tokens in cached),
         )
+
+    @property
+    def _cached_tokens(self) -> list[int | None]:
+        """Of each prompt, as its first choice found it. A worker says it with a choice's end, so not of one that ended here."""
+        return [output.cached_tokens for output in self.outputs[:: self._prepared.n]]
 
     def prompt_of(self, output: ChoiceOutput) -> Prompt:
         return self._prepared.prompts[output.index // self._prepared.n].prompt
@@ -158,7 +167,7 @@ class Generation:
         if not finished:
             return
         self._metrics.prompt_tokens.inc(usage.prompt_tokens)
-        self._metrics.cached_tokens.inc(usage.cached_tokens)
+        self._metrics.cached_tokens.inc(sum(tokens or 0 for tokens in self._cached_tokens))
         self._metrics.e2e.observe(time.monotonic() - self._ticket.arrived_s)
         for output in self.outputs:
             if output.tpot_s is not None:

@@ -1,7 +1,7 @@
 """One worker's stream, kept open: connect, greet, read; when it breaks, tell the pool and connect again with a growing pause.
 
 Owned by the pool, which gives it the callbacks. A link never ends by itself: a refusal (wrong token, other model) is reported and
-tried again, for its cause may be put right.
+tried again, for its cause may be put right; after an error in the gateway itself the stream is opened anew too.
 """
 
 from __future__ import annotations
@@ -64,9 +64,11 @@ class WorkerLink:
         return self.target.worker_id
 
     def send(self, frame: GatewayFrame) -> None:
-        """Queue a frame. On a stream that is breaking it is lost, and the next `on_down` says so."""
-        if self._writer is not None:
-            self._writer.write(self._codec.encode(frame))
+        """Queue a frame. On a stream that is breaking it is lost, and the next `on_down` says so. Raises where the frame cannot
+        be encoded; nothing of it was sent then."""
+        data = self._codec.encode(frame)
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(data)
 
     async def close(self) -> None:
         self._task.cancel()
@@ -83,6 +85,10 @@ class WorkerLink:
                 self.problem = str(error) or type(error).__name__
                 if failures in (0, 8):
                     log.warning("worker %s at %s: %s", self.worker_id, self.target.address, self.problem)
+            except Exception as error:
+                # A fault of the gateway's own. Were the task to end here, every request would wait for ever.
+                self.problem, self._useful = f"an error in the gateway: {type(error).__name__}", False
+                log.exception("worker %s at %s: its stream is opened anew", self.worker_id, self.target.address)
             finally:
                 self._hang_up()
             failures = 0 if self._useful else failures + 1
@@ -131,4 +137,7 @@ class WorkerLink:
         self.stats = None
         if was_connected:
             log.warning("worker %s is gone: %s", self.worker_id, self.problem)
-            self._events.on_down(self)
+            try:
+                self._events.on_down(self)
+            except Exception:
+                log.exception("worker %s: what it had could not all be given to others", self.worker_id)

@@ -27,7 +27,8 @@ class ChoiceSink(Protocol):
     def on_token(self, token: TokenOutput, now_s: float) -> bool:
         """True: the choice ends here by the gateway's own decision (a stop string), the worker need not go on."""
 
-    def on_finished(self, reason: str, cached_tokens: int) -> None: ...
+    def on_finished(self, reason: str, cached_tokens: int | None) -> None:
+        """cached_tokens: prompt tokens that the worker had already; None where no worker said."""
 
     def on_failed(self, error: ApiError) -> None: ...
 

@@ -55,7 +55,7 @@ class ChoiceOutput:
         self.index = index
         self.finish_reason: str | None = None
         self.error: ApiError | None = None
-        self.cached_tokens = 0
+        self.cached_tokens: int | None = None  # known only where the worker said that the choice is over
         self.completion_tokens = 0
         self.first_token_s: float | None = None
         self.prompt_logprobs: PromptLogprobs | None = None
@@ -127,7 +127,7 @@ class ChoiceOutput:
             self._wake()
         return False
 
-    def on_finished(self, reason: str, cached_tokens: int) -> None:
+    def on_finished(self, reason: str, cached_tokens: int | None) -> None:
         self.cached_tokens = cached_tokens
         if self._stop_token is not None and reason != "stop":
             self._show(self._stop_token)

@@ -18,7 +18,16 @@ from flexpert.controller.gateway.errors import ApiError, bad_request, internal_e
 from flexpert.controller.gateway.link import WorkerLink
 from flexpert.controller.gateway.live import LiveChoice, LiveTable
 from flexpert.controller.routing import PrefixIndex, WorkerLoad, choose_worker
-from flexpert.workers.messages import Cancel, Failed, Hello, StepOutput, Welcome
+from flexpert.workers.messages import (
+    Cancel,
+    Failed,
+    Finished,
+    Hello,
+    PromptLogprobs,
+    StepOutput,
+    TokenOutput,
+    Welcome,
+)
 
 log = logging.getLogger("flexpert.gateway")
 
@@ -56,6 +65,11 @@ class WorkerPool:
     def capacity_choices(self) -> int:
         """How many choices run at once. A worker that is away for now still counts: its place is not given away while it restarts."""
         return self._known_capacity
+
+    @property
+    def limits_known(self) -> bool:
+        """Whether `limits` answers at once."""
+        return self._limits_known.is_set()
 
     async def limits(self) -> Welcome:
         """What the workers can do, as the last one said; waits where none was ever there."""
@@ -130,27 +144,21 @@ class WorkerPool:
         if self._links.get(worker_id) is not link:
             return
         now_s = time.monotonic()
-        for prompt in frame.prompt_logprobs:
-            choice = self.live.find(prompt.request_id, worker_id=worker_id)
-            if choice is not None and not choice.has_prompt_logprobs:
-                choice.has_prompt_logprobs = True
-                choice.sink.on_prompt_logprobs(prompt)
-        for token in frame.tokens:
-            choice = self.live.find(token.request_id, worker_id=worker_id)
+        outputs: list[PromptLogprobs | TokenOutput | Finished] = [
+            *frame.prompt_logprobs,
+            *frame.tokens,
+            *frame.finished,
+        ]
+        for output in outputs:
+            choice = self.live.find(output.request_id, worker_id=worker_id)
             if choice is None:
                 continue
             try:
-                if choice.accept(token) and choice.sink.on_token(token, now_s):
-                    self.cancel([choice.request_id])
-            except ValueError as error:
-                log.error("worker %s: %s", worker_id, error)
+                self._take(choice, output, now_s)
+            except Exception:  # of this choice alone: the others in the frame, and the link, go on
+                log.exception("worker %s: an output of %s could not be taken", worker_id, choice.request_id)
                 self.cancel([choice.request_id])
                 choice.sink.on_failed(internal_error())
-        for finished in frame.finished:
-            choice = self.live.find(finished.request_id, worker_id=worker_id)
-            if choice is not None:
-                self.live.remove(choice.request_id)
-                choice.sink.on_finished(finished.reason, finished.cached_tokens)
         if frame.finished:
             self._dispatch()
 
@@ -166,6 +174,17 @@ class WorkerPool:
         )
         self._dispatch()
 
+    def _take(self, choice: LiveChoice, output: PromptLogprobs | TokenOutput | Finished, now_s: float) -> None:
+        if isinstance(output, TokenOutput):
+            if choice.accept(output) and choice.sink.on_token(output, now_s):
+                self.cancel([choice.request_id])
+        elif isinstance(output, Finished):
+            self.live.remove(choice.request_id)
+            choice.sink.on_finished(output.reason, output.cached_tokens)
+        elif not choice.has_prompt_logprobs:
+            choice.has_prompt_logprobs = True
+            choice.sink.on_prompt_logprobs(output)
+
     # How a choice finds its worker
 
     def _dispatch(self) -> None:
@@ -174,7 +193,13 @@ class WorkerPool:
             worker_id = self._choose(choice)
             if worker_id is None:
                 return
-            self._submit(choice, self._links[worker_id])
+            self.live.assign(choice, worker_id)
+            try:
+                self._submit(choice, self._links[worker_id])
+            except Exception:  # e.g. it cannot be encoded; no later worker would get it either
+                log.exception("%s could not be sent to worker %s", choice.request_id, worker_id)
+                self.live.remove(choice.request_id)
+                choice.sink.on_failed(internal_error())
 
     def _choose(self, choice: LiveChoice) -> str | None:
         connected = [link for link in self._links.values() if link.connected]
@@ -199,16 +224,15 @@ class WorkerPool:
         )
 
     def _submit(self, choice: LiveChoice, link: WorkerLink) -> None:
-        self.live.assign(choice, link.worker_id)
         end = choice.known_end()
         if end is not None:
             self.live.remove(choice.request_id)
-            choice.sink.on_finished(end, 0)
+            choice.sink.on_finished(end, None)
             return
-        if len(self._links) > 1:
-            self._prefixes.record(link.worker_id, choice.prompt_token_ids)
         choice.sink.on_submitted(time.monotonic())
         link.send(choice.submit_frame())
+        if len(self._links) > 1:
+            self._prefixes.record(link.worker_id, choice.prompt_token_ids)
 
     def _take_back(self, worker_id: str) -> None:
         lost = self.live.take_back(worker_id)

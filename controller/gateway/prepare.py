@@ -20,6 +20,9 @@ from flexpert.workers.messages import SamplingParams, Welcome
 _DEFAULT_COMPLETION_TOKENS = 16
 _MAX_STOPS = 4
 _MAX_TOTAL_CHOICES = 2048
+# Log-probabilities of prompt tokens, alternatives included, in one request. The worker sends those of a step in one frame, about
+# 15 bytes each, and a frame ends at 64 MiB.
+_MAX_PROMPT_SCORES = 2_000_000
 # Arguments of apply_chat_template itself: the gateway's business, or files of the server.
 _RESERVED_TEMPLATE_ARGUMENTS = frozenset({
     "conversation", "messages", "tools", "documents", "chat_template", "tokenize", "padding", "truncation", "max_length",
@@ -95,6 +98,8 @@ async def prepare_completion(request: CompletionRequest, *, tokenizer: ModelToke
     prompts = await _completion_prompts(request.prompt, tokenizer, limits)
     wanted = request.max_tokens
     echo_scores = request.logprobs if request.echo else None
+    if echo_scores is not None:
+        _check_prompt_scores(prompts, alternatives=echo_scores, n=request.n or 1)
     prepared = []
     for prompt in prompts:
         left = _room(prompt, wanted, limits, param="prompt", default=_DEFAULT_COMPLETION_TOKENS)
@@ -211,6 +216,17 @@ def _checked(prompt: Prompt, limits: Welcome, *, param: str) -> Prompt:
     if not prompt.token_ids:
         raise bad_request(f"{param}: the prompt has no tokens; give at least one", param=param)
     return prompt
+
+
+def _check_prompt_scores(prompts: list[Prompt], *, alternatives: int, n: int) -> None:
+    tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    scores = tokens * (alternatives + 1) * n
+    if scores > _MAX_PROMPT_SCORES:
+        raise bad_request(
+            f"logprobs: with echo, {tokens} prompt tokens times (logprobs {alternatives} + 1) times n {n} are {scores} "
+            f"log-probabilities, at most {_MAX_PROMPT_SCORES} are given; ask for fewer logprobs or choices, or a shorter prompt",
+            param="logprobs",
+        )
 
 
 def _room(prompt: Prompt, wanted: int | None, limits: Welcome, *, param: str, default: int) -> int:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -25,10 +28,35 @@ _STREAM_HEADERS = {
 }
 
 
+Result = TypeVar("Result")
+
+
 def error_response(error: ApiError) -> Response:
     return Response(
         error_body(error), status_code=error.status_code, headers=error.headers, media_type="application/json"
     )
+
+
+async def while_connected(work: Coroutine[Any, Any, Result], request: Request) -> Result:
+    """The result of this work, for a request whose body was read. If its client leaves first, the work is cancelled, and an error
+    that nobody will see ends the request."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        request.scope[OUTCOME_KEY] = "cancelled"
+        raise ApiError(499, "The client left before its request could begin.")
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class GenerationResponse(Response):
@@ -55,8 +83,7 @@ class GenerationResponse(Response):
                 await watcher
 
     async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await _disconnected(receive)
         self._generation.leave()
 
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -33,7 +33,10 @@ UNSUPPORTED = {
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 
-Token = Annotated[int, Field(ge=0)]
+# Python's integers have no end, the frames' and the sampler's have: this much is beyond every vocabulary and context.
+MAX_INT = 2**31 - 1
+
+Token = Annotated[int, Field(ge=0, le=MAX_INT)]
 
 
 class StreamOptions(BaseModel):
@@ -53,7 +56,7 @@ class _Sampling(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     model: str = Field(description="The id that GET /v1/models lists.")
-    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy. Default 1.")
+    temperature: float | None = Field(None, ge=0, le=2, description="Below 0.00001 is greedy. Default 1.")
     top_p: float | None = Field(None, ge=0, le=1, description="Nucleus sampling. Default 1.")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Choices for each prompt. Default 1.")
     stop: str | list[str] | None = Field(
@@ -69,15 +72,17 @@ class _Sampling(BaseModel):
     )
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     stream_options: StreamOptions | None = None
-    top_k: int | None = Field(None, ge=-1, description="Extension. Sample among the k likeliest tokens; 0 or -1: all.")
+    top_k: int | None = Field(
+        None, ge=-1, le=MAX_INT, description="Extension. Sample among the k likeliest tokens; 0 or -1: all."
+    )
     min_p: float | None = Field(
         None, ge=0, le=1, description="Extension. Drop tokens below this share of the likeliest one's probability."
     )
     repetition_penalty: float | None = Field(
-        None, gt=0, le=100, description="Extension. As in transformers; counts prompt and output. Default 1."
+        None, ge=0.01, le=100, description="Extension. As in transformers; counts prompt and output. Default 1."
     )
     min_tokens: int | None = Field(
-        None, ge=0, description="Extension. No stop before so many output tokens. Default 0."
+        None, ge=0, le=MAX_INT, description="Extension. No stop before so many output tokens. Default 0."
     )
     ignore_eos: bool | None = Field(None, description="Extension. Go on after the model's end-of-sequence tokens.")
     stop_token_ids: list[Token] | None = Field(
@@ -91,7 +96,7 @@ class CompletionRequest(_Sampling):
     prompt: str | list[str] | list[Token] | list[list[Token]] = Field(
         description="A text, texts, one token list, or several."
     )
-    max_tokens: int | None = Field(None, ge=0, description="Default 16, or what fits. 0 only with echo.")
+    max_tokens: int | None = Field(None, ge=0, le=MAX_INT, description="Default 16, or what fits. 0 only with echo.")
     logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="Log-probabilities, with so many alternatives for each token."
     )
@@ -130,8 +135,8 @@ class ChatRequest(_Sampling):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, description="Default: what the context has left.")
-    max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Default: what the context has left.")
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="The older name of max_completion_tokens.")
     logprobs: bool | None = Field(None, description="Log-probabilities of the output tokens.")
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="Alternatives for each token; needs logprobs=true."
@@ -160,7 +165,9 @@ class Usage(_Answer):
     prompt_tokens: int = Field(description="Of all prompts; a prompt counts once, however many choices it has.")
     completion_tokens: int = Field(description="Of all choices, stop tokens included.")
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+    prompt_tokens_details: PromptTokensDetails | None = Field(
+        None, description="Missing where it is not known, as after a stop string."
+    )
 
 
 class CompletionLogprobs(_Answer):

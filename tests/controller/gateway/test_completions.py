@@ -295,6 +295,19 @@ def test_cached_tokens_are_reported(client: openai.OpenAI, worker: Any) -> None:
     assert usage.prompt_tokens_details.cached_tokens == 3
 
 
+@pytest.mark.parametrize("settings", [{"stop": "fox", "max_tokens": 50}, {"max_tokens": 0, "echo": True}])
+def test_cached_tokens_are_left_out_where_the_worker_did_not_say(
+    client: openai.OpenAI, worker: Any, vocabulary: Tokenizer, settings: dict[str, Any]
+) -> None:
+    """The gateway ended the choice itself. A zero would be wrong."""
+    worker.cached_tokens = 3
+    reply_with(worker, vocabulary.encode("The quick brown fox jumps over").ids)
+    answer = client.completions.create(model=MODEL, prompt=["one two three", "four"], **settings)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens_details is None
+    assert answer.usage.prompt_tokens > 0
+
+
 def test_usage_comes_as_one_more_chunk(client: openai.OpenAI, worker: Any) -> None:
     chunks = list(
         client.completions.create(model=MODEL, prompt="x", stream=True, stream_options={"include_usage": True})

@@ -11,7 +11,8 @@ import httpx
 import openai
 import pytest
 
-from flexpert.controller.gateway.schema import ErrorResponse
+from flexpert.controller.gateway import prepare
+from flexpert.controller.gateway.schema import ChatRequest, CompletionRequest, ErrorResponse
 
 MODEL = "tiny-moe"
 COMPLETION: dict[str, Any] = {"model": MODEL, "prompt": "x"}
@@ -45,12 +46,20 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"presence_penalty": 2.1}, "presence_penalty"),
     ({"frequency_penalty": -2.1}, "frequency_penalty"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"repetition_penalty": 0.0099}, "repetition_penalty"),
+    ({"repetition_penalty": 100.5}, "repetition_penalty"),
     ({"min_p": 2}, "min_p"),
     ({"top_k": -2}, "top_k"),
+    ({"top_k": 2**31}, "top_k"),
+    ({"top_k": 10**30}, "top_k"),
     ({"min_tokens": -1}, "min_tokens"),
     ({"min_tokens": 99, "max_tokens": 5}, "min_tokens"),
+    ({"min_tokens": 10**30}, "min_tokens"),
     ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 10**30}, "max_tokens"),
     ({"seed": 2**64}, "seed"),
+    ({"seed": -(2**63) - 1}, "seed"),
+    ({"temperature": 10**400}, "temperature"),
     ({"stop": ["a"] * 5}, "stop"),
     ({"stop": ""}, "stop"),
     ({"stop": 7}, "stop"),
@@ -60,6 +69,7 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
     ({"stop_token_ids": [400]}, "stop_token_ids"),
     ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+    ({"stop_token_ids": [10**30]}, "stop_token_ids.0"),
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"surprise": 1}}, "stream_options.surprise"),
@@ -80,6 +90,8 @@ COMPLETION_ONLY: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ["a", 5]}, "prompt.1"),
     ({"prompt": [400]}, "prompt"),
     ({"prompt": [-1]}, "prompt.0"),
+    ({"prompt": [10**30]}, "prompt.0"),
+    ({"prompt": [[5] * 400] * 2, "n": 128, "logprobs": 20, "echo": True}, "logprobs"),
     ({"prompt": {"text": "x"}}, "prompt"),
     ({"prompt": None}, "prompt"),
     ({"prompt": ["x"] * 17, "n": 128}, "n"),
@@ -106,6 +118,7 @@ CHAT_ONLY: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logprobs": 3}, "logprobs"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"max_completion_tokens": 10**30}, "max_completion_tokens"),
     ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
     ({"prompt": "x"}, "prompt"),
 ]
@@ -126,6 +139,46 @@ def test_bad_value_is_refused_by_name(
     assert error["type"] == "invalid_request_error"
     assert param.split(".")[0] in error["message"]
     assert not worker.submits
+
+
+@pytest.mark.parametrize("model", [CompletionRequest, ChatRequest])
+def test_every_integer_is_bounded(model: Any) -> None:
+    """One that a frame cannot hold must not come so far. best_of is refused unless it is 1."""
+    properties = model.model_json_schema()["properties"]
+    integers = [(name, kind) for name, field in properties.items() for kind in integers_in(field) if name != "best_of"]
+    assert {"top_k", "seed", "n", "min_tokens", "stop_token_ids", "max_tokens"} <= {name for name, _ in integers}
+    unbounded = [
+        name for name, kind in integers if "minimum" not in kind or not {"maximum", "exclusiveMaximum"} & set(kind)
+    ]
+    assert unbounded == []
+
+
+def integers_in(field: Any) -> Iterator[dict[str, Any]]:
+    if field.get("type") == "integer":
+        yield field
+    for inner in (*field.get("anyOf", ()), *([field["items"]] if "items" in field else ())):
+        yield from integers_in(inner)
+
+
+def test_lowest_repetition_penalty_is_named(http: httpx.Client) -> None:
+    error = error_of(http.post("/v1/completions", json={**COMPLETION, "repetition_penalty": 1e-30}), 400)
+    assert "0.01" in error["message"]
+    for value in (0.01, 100):
+        assert http.post("/v1/completions", json={**COMPLETION, "repetition_penalty": value}).status_code == 200
+
+
+def test_echoed_log_probabilities_have_a_limit(
+    http: httpx.Client, worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens of all prompts * (logprobs + 1) * n, and only where the prompt's are asked for."""
+    monkeypatch.setattr(prepare, "_MAX_PROMPT_SCORES", 60)
+    body = {**COMPLETION, "prompt": [[5, 6], [7, 8, 9]], "logprobs": 3, "n": 3, "echo": True}
+    assert http.post("/v1/completions", json=body).status_code == 200
+    for change in ({"prompt": [[5, 6], [7, 8, 9, 5]]}, {"logprobs": 4}, {"n": 4}):
+        error = error_of(http.post("/v1/completions", json={**body, **change}), 400)
+        assert error["param"] == "logprobs"
+        assert "at most 60" in error["message"]
+        assert http.post("/v1/completions", json={**body, **change, "echo": False}).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,26 @@ def test_client_that_leaves_the_queue_is_forgotten(harness: Any) -> None:
     worker.wait_until(lambda: len(worker.cancels) == 2)
 
 
+@pytest.mark.parametrize("leaves", [True, False])
+def test_client_that_leaves_before_the_first_worker_is_there_gives_its_place_back(harness: Any, leaves: bool) -> None:
+    gateway = harness.gateway(wait=False)
+    connection = post_raw(gateway, {**COMPLETION, "n": 3})
+    harness.ask_until(lambda: gateway._admission.in_flight == 3)
+    if leaves:
+        connection.close()
+        harness.ask_until(is_idle(gateway))
+    worker = harness.worker()
+    gateway.set_workers([worker.address])
+    if not leaves:
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+        connection.close()
+    harness.ask_until(is_idle(gateway))
+    assert len(worker.submits) == (0 if leaves else 3)
+    outcome = "cancelled" if leaves else "completed"
+    metrics = httpx.get(f"{gateway.url}/metrics").text
+    assert f'flexpert_requests_total{{endpoint="completions",outcome="{outcome}"}} 1.0' in metrics
+
+
 def test_full_queue_answers_429_until_there_is_room(harness: Any, make_client: Any) -> None:
     worker = harness.worker(max_running=1)
     harness.run(worker.hold())
