@@ -203,7 +203,7 @@ class _Up:
         past = read_events(self._runtime)
         after, ready, stopping = past[-1]["sequence"] if past else 0, False, False
         while not self._hurry.is_set():
-            state = await self._watch(after)
+            state = await self._ask("watch", after, WATCH_S)
             if not self._ray.alive:
                 self._lost_ray()
                 return
@@ -226,10 +226,11 @@ class _Up:
                 self._screen.ready(
                     self._source, url=self._url(state["port"]), key=self._api_key, status=await self._answer("status")
                 )
-            if self._stop_asked.is_set() and not stopping:
-                stopping = True
-                self._screen.step("ending (once more Ctrl-C: at once)")
-                await self._call("stop")
+            if self._stop_asked.is_set():
+                if not stopping:
+                    stopping = True
+                    self._screen.step("ending (once more Ctrl-C: at once)")
+                await self._ask("stop")  # in each round: a controller that was restarted meanwhile does not know
         self._screen.step("ending at once")
 
     def _lost_ray(self) -> None:
@@ -240,9 +241,9 @@ class _Up:
             )
         self._screen.step("Ray was ended by the same signal; ending at once")
 
-    async def _watch(self, after: int) -> dict[str, Any] | None:
-        """The controller's news; None where there are none in time, or a signal came first."""
-        waits = {asyncio.create_task(self._call("watch", after, WATCH_S)), asyncio.create_task(self._hurry.wait())}
+    async def _ask(self, method: str, *arguments: Any) -> dict[str, Any] | None:
+        """The controller's answer; None where there is none in time, or a signal came first."""
+        waits = {asyncio.create_task(self._call(method, *arguments)), asyncio.create_task(self._hurry.wait())}
         done, pending = await asyncio.wait(waits, timeout=ANSWER_S, return_when=asyncio.FIRST_COMPLETED)
         for task in pending:
             task.cancel()
