@@ -76,6 +76,7 @@ class WorkerActor:
         open_process_log(Path(log_path), log_level)
         self._module, _, self._class = process.partition(":")
         self._worker: Any = None
+        self._serving = False  # a worker that is still loading, or could not start, is none yet
         self._progress = (0, 0)
 
     async def warm(self, model_dir: str, device: str, urgent: bool = True) -> dict[str, Any]:
@@ -117,6 +118,7 @@ class WorkerActor:
         try:
             self._worker = getattr(module, self._class)(module.WorkerConfig(**config))
             self._worker.start(self._note_progress)
+            self._serving = True
         except Exception as error:
             log.exception("worker %s incarnation %s did not start", config["worker_id"], config["incarnation"])
             return StartFailure.of(error)
@@ -133,8 +135,8 @@ class WorkerActor:
         return os.getpid()
 
     async def status(self) -> dict[str, Any] | None:
-        """What the worker tells of itself; None where this process is not a worker."""
-        return None if self._worker is None else dict(self._worker.status(), address=self._worker.address)
+        """What the worker tells of itself; None where this process is no worker, or not one that serves yet."""
+        return dict(self._worker.status(), address=self._worker.address) if self._serving else None
 
     async def stop(self) -> None:
         """End the worker's threads; its memory stays with the manager."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
+import threading
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +53,8 @@ class WorkerConfig:
     worker_id: str
     incarnation: int
     fails: bool = False
+    loading: threading.Event | None = None
+    loaded: threading.Event | None = None
 
 
 class PlayedProcess:
@@ -59,6 +63,9 @@ class PlayedProcess:
 
     def start(self, on_progress: Any) -> None:
         on_progress(5, 10)
+        if self.config.loading and self.config.loaded:
+            self.config.loading.set()
+            assert self.config.loaded.wait(10)
         if self.config.fails:
             raise UnservableModelError("recurrent")
 
@@ -97,6 +104,26 @@ async def test_warm_process_becomes_a_worker(played: WorkerActor) -> None:
 async def test_start_that_fails_answers_with_the_failure(played: WorkerActor) -> None:
     answer = await played.start({"worker_id": "worker-0", "incarnation": 1, "fails": True})
     assert answer == {"failure": {"kind": "model", "message": "recurrent", "permanent": True}}
+
+
+async def test_process_is_no_worker_until_it_serves(played: WorkerActor) -> None:
+    loading, loaded = threading.Event(), threading.Event()
+    starting = asyncio.create_task(
+        played.start({"worker_id": "worker-0", "incarnation": 1, "loading": loading, "loaded": loaded})
+    )
+    try:
+        assert await asyncio.to_thread(loading.wait, 10)
+        assert await played.status() is None
+    finally:
+        loaded.set()
+    await starting
+    assert await played.status() == {"worker_id": "worker-0", "incarnation": 1, "address": "unix:/played"}
+
+
+async def test_process_whose_start_failed_is_no_worker(played: WorkerActor) -> None:
+    await played.start({"worker_id": "worker-0", "incarnation": 1, "fails": True})
+    assert await played.status() is None
+    await played.stop()  # what it had begun is ended all the same
 
 
 def test_process_log_takes_prints_and_rotates(tmp_path: Path) -> None:
