@@ -1,13 +1,15 @@
 """Carries out supervision's instructions with Ray actors and tells what came of it.
 
 One method per instruction. Each returns at once and leaves a task behind; what happens later arrives as events at `send`, together with
-words for people at `tell`. An actor that was told to end is forgotten first, so its death is no event. Called by the controller only.
+words for people at `tell`. An actor that was told to end is forgotten first, so its death is no event. An order that fails ends its
+component and is told as Failed: nothing half-made stays, and supervision never waits for what cannot come. Called by the controller only.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -15,12 +17,14 @@ from typing import Any
 from flexpert.controller import ray_cluster
 from flexpert.controller.gateway_actor import GatewayActor
 from flexpert.controller.node_agent import NodeAgent
+from flexpert.controller.processes import ProcessId
 from flexpert.controller.ray_cluster import ActorGone
 from flexpert.controller.spec import ClusterSpec
 from flexpert.controller.supervision_types import (
     AGENT,
     GATEWAY,
     AgentReady,
+    Answered,
     AssignWorker,
     Died,
     Event,
@@ -56,13 +60,15 @@ class Components:
         self.manager: dict[str, Any] = {}
         self._send, self._tell = send, tell
         self._actors: dict[str, Any] = {}  # component (agent, gateway, process name) -> actor
+        self._pids: dict[str, ProcessId] = {}  # of worker processes: one that is stopped ends by its pid at once
+        self._orders: dict[str, Coroutine[Any, Any, None]] = {}  # component -> the order that is being carried out
         self._tasks: set[asyncio.Task[None]] = set()
         self._telling_workers = asyncio.Lock()
 
     # Instructions
 
     def start_agent(self) -> None:
-        self._background(self._start_agent())
+        self._order(AGENT, self._start_agent())
 
     async def _start_agent(self) -> None:
         began_s = time.monotonic()
@@ -87,7 +93,7 @@ class Components:
         self._send(AgentReady())
 
     def spawn_process(self, name: str, *, urgent: bool) -> None:
-        self._background(self._spawn_process(name, urgent))
+        self._order(name, self._spawn_process(name, urgent))
 
     async def _spawn_process(self, name: str, urgent: bool) -> None:
         environment = worker_environment(threads=self.spec.threads)
@@ -95,11 +101,12 @@ class Components:
         self._keep(name, actor)
         answer = await ray_cluster.call(actor, "warm", str(self.spec.model_dir), self.spec.device, urgent)
         if not self._refused(name, answer):
+            self._note_pid(name, answer["pid"])
             self._tell("warm", f"{name} is warm (pid {answer['pid']})", seconds=answer["warm_s"], process=name)
             self._send(ProcessWarm(name))
 
     def assign_worker(self, order: AssignWorker) -> None:
-        self._background(self._assign_worker(order))
+        self._order(order.process, self._assign_worker(order))
 
     async def _assign_worker(self, order: AssignWorker) -> None:
         actor = self._actors[order.process]
@@ -145,7 +152,7 @@ class Components:
             await asyncio.sleep(PROGRESS_PERIOD_S)
 
     def start_gateway(self, generation: int) -> None:
-        self._background(self._start_gateway(generation))
+        self._order(GATEWAY, self._start_gateway(generation))
 
     async def _start_gateway(self, generation: int) -> None:
         name = f"{GATEWAY}-{generation}"
@@ -180,9 +187,27 @@ class Components:
 
     def kill(self, component: str) -> None:
         """End a component's process at once; its death is no event any more."""
-        actor = self._actors.pop(component, None)
+        actor, process = self._actors.pop(component, None), self._pids.pop(component, None)
+        self._orders.pop(component, None)
+        if process is not None:
+            process.signal(signal.SIGKILL)
         if actor is not None:
             ray_cluster.kill_actor(actor)
+
+    def ask_process(self, name: str) -> None:
+        """Whether a worker's process still answers; `Answered` comes when it does, and never where it does not."""
+        self._background(self._ask_process(name))
+
+    async def _ask_process(self, name: str) -> None:
+        if name not in self._actors:
+            return
+        try:
+            await ray_cluster.call(self._actors[name], "status")
+        except ActorGone:
+            return  # told by _watch
+        except Exception as error:
+            log.warning("%s does not tell its status: %r", name, error)  # an answer all the same: its loop runs
+        self._send(Answered(name))
 
     def drain_gateway(self) -> None:
         self._background(self._drain_gateway())
@@ -196,23 +221,25 @@ class Components:
             self._tell("drained", f"requests were still running after {timeout_s:g} s; ending them")
         except ActorGone as error:
             self._tell("drained", f"the gateway ended while draining: {error}")
-        self._send(GatewayDrained())
+        finally:
+            self._send(GatewayDrained())  # whatever went wrong: a stop that was asked for comes
 
     async def stop_all(self) -> None:
         """Gateway and workers first, then the manager, then the agent."""
         agent = self._actors.pop(AGENT, None)
-        workers = [self._actors.pop(name) for name in list(self._actors) if name != GATEWAY]
+        workers = {name: self._actors.pop(name) for name in list(self._actors) if name != GATEWAY}
         self.kill(GATEWAY)
-        stops = (asyncio.wait_for(ray_cluster.call(actor, "stop"), STOP_TIMEOUT_S) for actor in workers)
+        stops = (asyncio.wait_for(ray_cluster.call(actor, "stop"), STOP_TIMEOUT_S) for actor in workers.values())
         for answer in await asyncio.gather(*stops, return_exceptions=True):
             if isinstance(answer, Exception) and not isinstance(answer, ActorGone):
                 log.warning("a worker process did not stop in order: %r", answer)
-        for actor in workers:
+        for name, actor in workers.items():
+            self.kill(name)
             ray_cluster.kill_actor(actor)
         if agent is not None:
             try:
                 await asyncio.wait_for(ray_cluster.call(agent, "stop_manager"), STOP_TIMEOUT_S)
-            except (ActorGone, TimeoutError) as error:
+            except Exception as error:
                 log.warning("the HBM manager was not stopped by its agent: %r", error)
             ray_cluster.kill_actor(agent)
 
@@ -248,6 +275,7 @@ class Components:
         if component == GATEWAY:
             self.port = status["port"]
             return GatewayReady(generation)
+        self._note_pid(component, status["pid"])
         return WorkerFound(component, status["worker_id"], status["incarnation"], status["address"])
 
     async def status(self, component: str) -> dict[str, Any]:
@@ -277,18 +305,31 @@ class Components:
         """Report the death of an actor that is still ours."""
         try:
             await ray_cluster.call(actor, "wait_closed")
-        except ActorGone as error:
-            if self._actors.get(component) is actor:
-                del self._actors[component]
-                self._tell("died", f"{component}: {error}", component=component)
-                self._send(Died(component, str(error)))
+        except Exception as error:
+            self._lost(component, actor, str(error))
+
+    def _lost(self, component: str, actor: Any, reason: str) -> None:
+        """End it before it is forgotten: Ray may only have lost sight of it, and one that lives keeps its port and its memory."""
+        if self._actors.get(component) is actor:
+            self.kill(component)
+            self._tell("died", f"{component}: {reason}", component=component)
+            self._send(Died(component, reason))
+
+    def _note_pid(self, component: str, pid: int) -> None:
+        process = ProcessId.of(pid, component)
+        if process is not None:
+            self._pids[component] = process
 
     def _manager_found(self, answer: dict[str, Any], agent: Any) -> None:
         self.manager = answer
         self._background(self._watch_manager(agent))
 
     async def _watch_manager(self, agent: Any) -> None:
-        reason = await ray_cluster.call(agent, "wait_manager_closed")
+        try:
+            reason = await ray_cluster.call(agent, "wait_manager_closed")
+        except Exception as error:
+            self._lost(AGENT, agent, f"the HBM manager cannot be watched: {error}")
+            return
         if self._actors.get(AGENT) is agent:
             self._tell("died", reason, component="manager")
             self._send(ManagerLost(reason))
@@ -308,13 +349,37 @@ class Components:
         self._send(Failed(component, failure["kind"], failure["message"], failure["permanent"]))
         return True
 
+    def _order(self, component: str, work: Coroutine[Any, Any, None]) -> None:
+        self._orders[component] = work
+        self._background(self._carry_out(component, work))
+
+    async def _carry_out(self, component: str, work: Coroutine[Any, Any, None]) -> None:
+        """See an order to its end. A failure is told unless the component was ended meanwhile: then it is no news, or told already."""
+        try:
+            await work
+        except ActorGone as error:
+            if self._orders.get(component) is work:
+                self._lost(component, self._actors.get(component), str(error))
+        except Exception as error:
+            log.exception("an order to %s failed", component)
+            if self._orders.get(component) is work:
+                self.kill(component)
+                reason = f"{type(error).__name__}: {error}"
+                self._tell(
+                    "failed", f"{component} did not start: {reason}", component=component, failure_kind="internal"
+                )
+                self._send(Failed(component, "internal", reason, False))
+        finally:
+            if self._orders.get(component) is work:
+                del self._orders[component]
+
     def _background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(self._shielded(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _shielded(self, work: Coroutine[Any, Any, None]) -> None:
-        """A death in the middle of a call is reported by _watch; anything else is a bug and is written down."""
+        """For what is no order: a death in the middle of a call is reported by _watch, anything else is written down."""
         try:
             await work
         except ActorGone as error:

@@ -21,6 +21,7 @@ from flexpert.controller.supervision import Supervision, SupervisionConfig
 from flexpert.controller.supervision_types import (
     AGENT,
     GATEWAY,
+    AskProcess,
     AssignWorker,
     Begin,
     Died,
@@ -38,11 +39,14 @@ from flexpert.controller.supervision_types import (
     StartGateway,
     StopAll,
     StopRequested,
+    Tick,
     WorkerReady,
 )
 from flexpert.workers.process_log import open_process_log
 
 log = logging.getLogger(__name__)
+
+TICK_S = 2.0
 
 
 class Controller:
@@ -112,9 +116,10 @@ class Controller:
         }
 
     async def stop(self) -> None:
-        """Begin to end the cluster: drained first, then all processes. `watch` tells when it is done."""
+        """Begin to end the cluster: drained first, then all processes. `watch` tells when it is done. May be asked again and again."""
         await self._ensure_running()
-        self._queue.put_nowait(StopRequested())
+        if self._machine.phase == "running":
+            self._queue.put_nowait(StopRequested())
 
     # Inside
 
@@ -132,6 +137,7 @@ class Controller:
                 self._take(event)
             self._take(Begin())
             self._begun.set()
+            self._ticking = asyncio.create_task(self._tick())
             while True:
                 self._take(await self._queue.get())
         except Exception as error:
@@ -144,11 +150,16 @@ class Controller:
             self._begun.set()
             self._changed.set()
 
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._queue.put_nowait(Tick())
+
     def _take(self, event: Event) -> None:
         now_s = time.monotonic()
         log.debug("event %s", event)
         orders = self._machine.handle(event, now_s=now_s)
-        self._note_recovery(event, now_s)
+        self._note_recovery(event, orders, now_s)
         self._write_down(orders)
         for order in orders:
             log.debug("order %s", order)
@@ -177,8 +188,12 @@ class Controller:
                 self._components.spawn_process(process, urgent=urgent)
             case AssignWorker():
                 self._components.assign_worker(order)
-            case KillProcess(process):
+            case KillProcess(process, reason):
+                if reason:
+                    self._tell("died", f"{process}: {reason}", component=process)
                 self._components.kill(process)
+            case AskProcess(process):
+                self._components.ask_process(process)
             case StartGateway(generation):
                 self._components.start_gateway(generation)
             case SetWorkers(workers):
@@ -196,12 +211,17 @@ class Controller:
                 self._given_up = {"component": component, "kind": kind, "reason": reason}
 
     async def _stop_all(self) -> None:
-        await self._components.stop_all()
+        try:
+            await self._components.stop_all()
+        except Exception:
+            log.exception("not everything could be ended; `flexpert up` ends what is left")
         self._stopped = True
         self._tell("stopped", "everything has ended")
 
-    def _note_recovery(self, event: Event, now_s: float) -> None:
+    def _note_recovery(self, event: Event, orders: list[Instruction], now_s: float) -> None:
         """How long each component was missing, for `flexpert events`."""
+        if any(isinstance(order, KillProcess) and order.reason for order in orders):
+            self._died_at_s.setdefault("worker", now_s)
         match event:
             case Died():
                 self._died_at_s.setdefault(GATEWAY if event.component == GATEWAY else "worker", now_s)

@@ -34,6 +34,7 @@ class Journal:
         self._runtime = runtime
         found = read_json(runtime.journal) or {}
         self.facts = Facts(**{name: found[name] for name in Facts.__dataclass_fields__ if name in found})
+        self._saved: dict[str, Any] | None = None
         self._rotate()
         self._events = os.fdopen(
             os.open(runtime.events, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", buffering=1
@@ -47,7 +48,11 @@ class Journal:
         return self._sequence
 
     def save(self) -> None:
-        write_json(self._runtime.journal, asdict(self.facts))
+        """Write the facts, where they changed."""
+        facts = asdict(self.facts)
+        if facts != self._saved:
+            write_json(self._runtime.journal, facts)
+            self._saved = facts
 
     def tell(self, kind: str, text: str, **details: Any) -> dict[str, Any]:
         """Add an event; returns it."""

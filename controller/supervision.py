@@ -22,6 +22,8 @@ from flexpert.controller.supervision_types import (
     GATEWAY,
     SPARE,
     AgentReady,
+    Answered,
+    AskProcess,
     AssignWorker,
     Begin,
     Died,
@@ -43,6 +45,7 @@ from flexpert.controller.supervision_types import (
     StartGateway,
     StopAll,
     StopRequested,
+    Tick,
     WorkerAddress,
     WorkerFound,
     WorkerReady,
@@ -51,7 +54,11 @@ from flexpert.controller.supervision_types import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisionConfig:
-    """standbys: warm processes kept beside the workers. A component that served for stable_s has its earlier failures forgiven."""
+    """standbys: warm processes kept beside the workers. A component that served for stable_s has its earlier failures forgiven.
+
+    silence_s: a worker that serves and does not answer for so long is ended. No more than max_tick_s of it pass from one tick to the next:
+    after a moment in which the controller itself stood still, its workers have their time to answer.
+    """
 
     worker_ids: tuple[str, ...] = ("worker-0",)
     standbys: int = 0
@@ -59,6 +66,8 @@ class SupervisionConfig:
     backoff_base_s: float = 0.5
     backoff_max_s: float = 10.0
     stable_s: float = 60.0
+    silence_s: float = 10.0
+    max_tick_s: float = 4.0
 
 
 class ImpossibleEvent(Exception):
@@ -70,6 +79,8 @@ class _Process:
     phase: str = "spawning"  # spawning, warm, starting, serving
     worker_id: str = ""
     address: str = ""
+    asked: bool = False  # whether an answer is awaited
+    silent_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -102,6 +113,7 @@ class Supervision:
         self._processes: dict[str, _Process] = {}
         self._trouble: dict[str, _Trouble] = {}
         self._told: tuple[WorkerAddress, ...] | None = None
+        self._ticked_at_s: float | None = None
         self._story: deque[str] = deque(maxlen=40)
 
     # What others may read
@@ -133,7 +145,8 @@ class Supervision:
         if self.phase != "ended":
             self._take(event, now_s, orders)
             self._reconcile(orders)
-        self._story.append(f"{now_s:.3f} {event} -> {orders}")
+        if not isinstance(event, Tick | Answered) or any(not isinstance(order, AskProcess) for order in orders):
+            self._story.append(f"{now_s:.3f} {event} -> {orders}")
         return orders
 
     def _take(self, event: Event, now_s: float, orders: list[Instruction]) -> None:
@@ -171,6 +184,11 @@ class Supervision:
                 self._failed(component, kind=kind, reason=reason, permanent=permanent, now_s=now_s, orders=orders)
             case Died(component, reason):
                 self._failed(component, kind="internal", reason=reason, permanent=False, now_s=now_s, orders=orders)
+            case Tick():
+                self._tick(now_s, orders)
+            case Answered(process):
+                if process in self._processes:
+                    self._processes[process].asked = False
             case PauseOver(component):
                 self._trouble_of(component).pausing = False
             case StopRequested():
@@ -218,6 +236,26 @@ class Supervision:
         else:
             return  # killed before, by us
         self._count(counted, kind=kind, reason=reason, permanent=permanent, now_s=now_s, orders=orders)
+
+    def _tick(self, now_s: float, orders: list[Instruction]) -> None:
+        """Ask those that serve, one question at a time, and end those that left theirs unanswered for too long."""
+        passed_s = 0.0 if self._ticked_at_s is None else min(now_s - self._ticked_at_s, self.config.max_tick_s)
+        self._ticked_at_s = now_s
+        for name, process in list(self._processes.items()):
+            if process.phase != "serving":
+                continue
+            if not process.asked:
+                process.asked, process.silent_s = True, 0.0
+                orders.append(AskProcess(name))
+                continue
+            process.silent_s += passed_s
+            if process.silent_s >= self.config.silence_s:
+                reason = f"no answer for {process.silent_s:.0f} s; ended"
+                del self._processes[name]
+                orders.append(KillProcess(name, reason))
+                self._count(
+                    process.worker_id, kind="internal", reason=reason, permanent=False, now_s=now_s, orders=orders
+                )
 
     def _count(
         self, component: str, *, kind: str, reason: str, permanent: bool, now_s: float, orders: list[Instruction]

@@ -77,6 +77,18 @@ class Died:
 
 
 @dataclass(frozen=True, slots=True)
+class Tick:
+    """Some time passed; sent again and again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A process answered AskProcess."""
+
+    process: str
+
+
+@dataclass(frozen=True, slots=True)
 class PauseOver:
     component: str
 
@@ -93,7 +105,7 @@ class GatewayDrained:
 
 Event = (
     Begin | AgentReady | ManagerLost | ProcessWarm | WorkerReady | GatewayReady | WorkerFound | Failed | Died | PauseOver
-    | StopRequested | GatewayDrained
+    | Tick | Answered | StopRequested | GatewayDrained
 )  # fmt: skip
 
 
@@ -122,6 +134,16 @@ class AssignWorker:
 
 @dataclass(frozen=True, slots=True)
 class KillProcess:
+    """reason: why one that runs is ended, for people; empty where that was told before."""
+
+    process: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AskProcess:
+    """Send Answered(process) when it answers, however late."""
+
     process: str
 
 
@@ -174,6 +196,7 @@ Instruction = (
     | SpawnProcess
     | AssignWorker
     | KillProcess
+    | AskProcess
     | StartGateway
     | SetWorkers
     | Pause

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from flexpert.controller.runtime_dir import RuntimeDir, make, read_json
 from flexpert.controller.spec import ClusterSpec
 from flexpert.controller.supervision_types import (
     AgentReady,
+    Answered,
     AssignWorker,
     Died,
     Event,
@@ -41,6 +44,8 @@ class PlayedComponents:
         self.journal_when_assigned: dict[str, Any] | None = None
         self.told_workers: list[tuple[WorkerAddress, ...]] = []
         self.killed: list[str] = []
+        self.asked_processes: list[str] = []
+        self.drains, self.silent, self.drained = 0, False, True
         self.refuse_worker: Failed | None = None
         PlayedComponents.last = self
 
@@ -59,6 +64,11 @@ class PlayedComponents:
         self.journal_when_assigned = read_json(self.spec.runtime.journal)
         self.send(self.refuse_worker or WorkerReady(order.process, f"unix:/{order.incarnation}"))
 
+    def ask_process(self, name: str) -> None:
+        self.asked_processes.append(name)
+        if not self.silent:
+            self.send(Answered(name))
+
     def kill(self, component: str) -> None:
         self.killed.append(component)
 
@@ -70,7 +80,9 @@ class PlayedComponents:
         self.told_workers.append(workers)
 
     def drain_gateway(self) -> None:
-        self.send(GatewayDrained())
+        self.drains += 1
+        if self.drained:
+            self.send(GatewayDrained())
 
     async def stop_all(self) -> None:
         self.tell("test", "all stopped")
@@ -182,6 +194,69 @@ async def test_stop_drains_and_ends_everything(runtime: RuntimeDir) -> None:
     state = await watch_until(controller, "stopped")
     kinds = [event["kind"] for event in state["events"]]
     assert kinds.index("drain") < kinds.index("test") < kinds.index("stopped")
+
+
+async def test_stop_may_be_asked_again_and_again(runtime: RuntimeDir) -> None:
+    controller = make_controller(runtime)
+    await watch_until(controller, "ready")
+    played = PlayedComponents.last
+    played.drained = False
+    for _ in range(3):
+        await controller.stop()
+        await controller.watch(0, 0.0)
+    assert played.drains == 1
+    await controller.stop()
+    assert controller._queue.empty(), "nothing new: `watch` would return at once, and be asked again at once"
+    played.send(GatewayDrained())
+    await watch_until(controller, "stopped")
+    await controller.stop()
+
+
+async def test_end_that_goes_wrong_is_an_end_all_the_same(runtime: RuntimeDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stop_all(self: PlayedComponents) -> None:
+        raise RuntimeError("Ray is gone")
+
+    monkeypatch.setattr(PlayedComponents, "stop_all", stop_all)
+    controller = make_controller(runtime)
+    await watch_until(controller, "ready")
+    await controller.stop()
+    await watch_until(controller, "stopped")
+
+
+async def test_worker_that_stopped_answering_is_ended_and_replaced(
+    runtime: RuntimeDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = PlayedClock()
+    monkeypatch.setattr(module, "TICK_S", 0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, time=time.time))
+    controller = make_controller(runtime)
+    await watch_until(controller, "ready")
+    played = PlayedComponents.last
+    async with asyncio.timeout(10):
+        while played.asked_processes.count("process-0") < 50:
+            await controller.watch(0, 1.0)
+    assert played.killed == [], "it always answered"
+    played.silent = True
+    async with asyncio.timeout(10):
+        while not played.killed:
+            await controller.watch(0, 1.0)
+    played.silent = False
+    assert played.killed == ["process-0"]
+    state = await watch_until(controller, "ready")
+    assert played.told_workers[-1] == (WorkerAddress("worker-0", 2, "unix:/2"),)
+    kinds = [event["kind"] for event in state["events"]]
+    assert kinds.index("died") < kinds.index("replaced")
+    assert "no answer for" in state["events"][kinds.index("died")]["text"]
+
+
+class PlayedClock:
+    """Half a second passes whenever somebody looks."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        self.now_s += 0.5
+        return self.now_s
 
 
 async def test_status_asks_every_component(runtime: RuntimeDir) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +13,8 @@ from flexpert.controller.supervision_types import (
     AGENT,
     GATEWAY,
     AgentReady,
+    Answered,
+    AskProcess,
     AssignWorker,
     Begin,
     Died,
@@ -31,6 +35,7 @@ from flexpert.controller.supervision_types import (
     StartGateway,
     StopAll,
     StopRequested,
+    Tick,
     WorkerAddress,
     WorkerFound,
     WorkerReady,
@@ -206,10 +211,95 @@ def test_restarted_controller_takes_over_what_still_serves() -> None:
     assert machine.handle(Begin(), now_s=0) == [SetWorkers((WorkerAddress("worker-0", 3, "unix:/w"),))]
 
 
+def ticks(machine: Supervision, *times_s: float, answering: bool = False) -> list[Instruction]:
+    """All orders of ticks at these times, each question answered at once or none."""
+    found: list[Instruction] = []
+    for now_s in times_s:
+        orders = machine.handle(Tick(), now_s=now_s)
+        found += orders
+        for order in orders:
+            if answering and isinstance(order, AskProcess):
+                assert machine.handle(Answered(order.process), now_s=now_s) == []
+    return found
+
+
+def test_worker_that_does_not_answer_is_ended_and_replaced() -> None:
+    machine = started(standbys=1)
+    machine.handle(ProcessWarm("process-1"), now_s=1)
+    assert ticks(machine, 20) == [AskProcess("process-0")], "asked from its first tick, however long it served"
+    assert ticks(machine, 22, 24, 26, 28, 29.9) == [], "one question at a time, and time to answer it"
+    orders = ticks(machine, 30)
+    assert orders == [
+        KillProcess("process-0", "no answer for 10 s; ended"),
+        AssignWorker("process-1", "worker-0", 2),
+        SetWorkers(()),
+    ]
+
+
+def test_late_answer_is_an_answer() -> None:
+    machine = started()
+    ticks(machine, 0, 2, 4, 6, 8)
+    machine.handle(Answered("process-0"), now_s=9.9)
+    assert ticks(machine, 10) == [AskProcess("process-0")]
+    assert ticks(machine, 12, 14, 16, 18) == [], "counted from the newest question on"
+    assert isinstance(ticks(machine, 20)[0], KillProcess)
+
+
+def test_worker_that_answers_is_left_alone() -> None:
+    machine = started()
+    assert set(ticks(machine, *range(0, 200, 2), answering=True)) == {AskProcess("process-0")}
+    assert machine.ready
+
+
+def test_process_that_does_not_serve_yet_is_not_asked() -> None:
+    machine = Supervision(SupervisionConfig())
+    for event in (Begin(), AgentReady(), GatewayReady(1)):
+        machine.handle(event, now_s=0)
+    assert ticks(machine, *range(0, 100, 2)) == [], "spawning"
+    machine.handle(ProcessWarm("process-0"), now_s=100)
+    assert ticks(machine, *range(100, 1000, 2)) == [], "loading its weights for long"
+    machine.handle(WorkerReady("process-0", "unix:/w"), now_s=1000)
+    assert ticks(machine, 1002, 1004, 1006) == [AskProcess("process-0")]
+
+
+def test_controller_that_stood_still_blames_nobody() -> None:
+    machine = started()
+    ticks(machine, 0, 2)
+    assert ticks(machine, 500) == []
+    machine.handle(Answered("process-0"), now_s=500)
+    assert ticks(machine, 502) == [AskProcess("process-0")]
+
+
+def test_found_worker_is_asked_too_and_ended_while_draining() -> None:
+    machine = Supervision(SupervisionConfig(), incarnations={"worker-0": 3}, first_process=5, first_generation=2)
+    for event in (AgentReady(), GatewayReady(2), WorkerFound("process-4", "worker-0", 3, "unix:/w"), Begin()):
+        machine.handle(event, now_s=0)
+    machine.handle(StopRequested(), now_s=1)
+    assert ticks(machine, 2, 4, 6, 8, 10) == [AskProcess("process-4")]
+    orders = ticks(machine, 12)
+    assert [type(order) for order in orders] == [KillProcess, SpawnProcess, SetWorkers]
+    machine.handle(GatewayDrained(), now_s=13)
+    assert ticks(machine, 14, 100) == []
+
+
+def test_ticks_do_not_crowd_out_the_story() -> None:
+    machine = started()
+    ticks(machine, *range(0, 1000, 2), answering=True)
+    with pytest.raises(ImpossibleEvent, match="AssignWorker"):
+        machine.handle(WorkerReady("process-0", "unix:/x"), now_s=1)
+
+
 def test_impossible_event_tells_the_story() -> None:
     machine = started()
     with pytest.raises(ImpossibleEvent, match=r"WorkerReady.*cannot follow(.|\n)*AssignWorker"):
         machine.handle(WorkerReady("process-0", "unix:/x"), now_s=1)
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A process stands still: no event of the machine's, it finds out by itself."""
+
+    process: str
 
 
 class World:
@@ -224,6 +314,8 @@ class World:
         self.worker_of: dict[str, str] = {}
         self.incarnations = {"worker-0": 0, "worker-1": 0}
         self.pauses: list[str] = []
+        self.asked_at_s: dict[str, float] = {}  # questions without an answer
+        self.stopped: set[str] = set()
         self.told: tuple[WorkerAddress, ...] = ()
         self.over = False
         self.now_s = 0.0
@@ -253,7 +345,12 @@ class World:
                 assert incarnation > self.incarnations[worker_id]
                 self.incarnations[worker_id] = incarnation
                 self.processes[process], self.worker_of[process] = "starting", worker_id
-            case KillProcess(process):
+            case AskProcess(process):
+                assert self.processes[process] == "serving"
+                assert process not in self.asked_at_s, "asked twice"
+                self.asked_at_s[process] = self.now_s
+            case KillProcess(process, reason):
+                assert not reason or self.now_s - self.asked_at_s[process] >= 10
                 self.forget(process)
             case StartGateway(generation):
                 assert self.gateway == "absent"
@@ -272,6 +369,8 @@ class World:
     def forget(self, process: str) -> None:
         self.processes.pop(process, None)
         self.worker_of.pop(process, None)
+        self.asked_at_s.pop(process, None)
+        self.stopped.discard(process)
 
     def good_events(self) -> list[object]:
         found: list[object] = [PauseOver(component) for component in self.pauses]
@@ -279,13 +378,15 @@ class World:
         found += [GatewayReady(self.generation)] if self.gateway == "starting" else []
         found += [ProcessWarm(name) for name, phase in self.processes.items() if phase == "spawning"]
         found += [WorkerReady(name, f"unix:/{name}") for name, phase in self.processes.items() if phase == "starting"]
-        return found
+        found += [Answered(name) for name in self.asked_at_s if name not in self.stopped]
+        return found + ([Tick()] if self.stopped else [])
 
     def bad_events(self) -> list[object]:
         found: list[object] = [ManagerLost("killed")] if self.agent == "ready" else []
         found += [Died(AGENT, "killed")] if self.agent == "ready" else []
         found += [Failed(AGENT, "internal", "no", False)] if self.agent == "starting" else []
         found += [Died(GATEWAY, "killed")] if self.gateway == "ready" else []
+        found += [Tick(), *(Stopped(name) for name, phase in self.processes.items() if phase == "serving")]
         for name, phase in self.processes.items():
             found.append(Died(name, "killed"))
             found += [Failed(name, "memory", "no", True)] if phase == "starting" else []
@@ -303,6 +404,11 @@ class World:
                 self.processes[process] = "warm"
             case WorkerReady(process, _):
                 self.processes[process] = "serving"
+            case Stopped(process):
+                self.stopped.add(process)
+                return
+            case Answered(process):
+                del self.asked_at_s[process]
             case ManagerLost() | Died("agent") | Failed("agent"):
                 self.agent = "absent"
             case Died("gateway"):
@@ -321,7 +427,7 @@ def test_chaos_never_breaks_the_rules_and_calm_brings_everything_back(data: st.D
         if world.over or not events:
             break
         world.happen(data.draw(st.sampled_from(events)))
-    for _ in range(100):
+    for _ in range(200):
         if world.over or not (events := world.good_events()):
             break
         world.happen(events[0])
