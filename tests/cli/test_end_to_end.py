@@ -13,9 +13,20 @@ from typing import Any
 import pytest
 from tests.cli.harness import GREEDY, TOKENS, Cluster, flexpert, stream_tokens, wait_until
 
+from flexpert.controller.journal import read_events
+from flexpert.controller.processes import ProcessId
+from flexpert.controller.runtime_dir import RuntimeDir
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 SEEDED = {"temperature": 1.0, "seed": 20, "top_p": 0.95}
+SAMPLING = {"greedy": GREEDY, "seeded": SEEDED}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster) -> dict[str, list[str]]:
+    """Way of sampling -> the tokens of a stream during which nothing dies."""
+    return {name: stream_tokens(cluster.client(), **sampling) for name, sampling in SAMPLING.items()}
 
 
 def events(cluster: Cluster, kind: str) -> list[dict[str, Any]]:
@@ -67,14 +78,16 @@ def test_second_up_of_that_name_is_refused_and_harms_nothing(cluster: Cluster, t
     assert cluster.client().models.list().data
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-def test_stream_goes_on_exactly_when_its_worker_is_killed(cluster: Cluster, sampling: dict[str, Any]) -> None:
-    client = cluster.client()
-    expected = stream_tokens(client, **sampling)
-    assert len(expected) == TOKENS
+@pytest.mark.parametrize("name", SAMPLING)
+def test_stream_goes_on_exactly_when_its_worker_is_killed(
+    cluster: Cluster, undisturbed: dict[str, list[str]], name: str
+) -> None:
     before, worker = cluster.status(), cluster.worker()
-    tokens = stream_tokens(client, after=20, then=lambda: os.kill(worker["pid"], signal.SIGKILL), **sampling)
-    assert tokens == expected
+    tokens = stream_tokens(
+        cluster.client(), after=20, then=lambda: os.kill(worker["pid"], signal.SIGKILL), **SAMPLING[name]
+    )
+    assert len(tokens) == TOKENS
+    assert tokens == undisturbed[name]
     after, replacement = cluster.status(), cluster.worker()
     assert replacement["pid"] != worker["pid"]
     assert replacement["incarnation"] > worker["incarnation"]
@@ -83,10 +96,8 @@ def test_stream_goes_on_exactly_when_its_worker_is_killed(cluster: Cluster, samp
     assert events(cluster, "replaced")
 
 
-def test_two_deaths_in_a_row_lose_nothing(cluster: Cluster) -> None:
+def test_two_deaths_in_a_row_lose_nothing(cluster: Cluster, undisturbed: dict[str, list[str]]) -> None:
     """The second death comes as soon as the replacement serves, mostly before a new standby is warm."""
-    client = cluster.client()
-    expected = stream_tokens(client, **GREEDY)
     first = cluster.worker()["pid"]
 
     def kill_twice() -> None:
@@ -96,7 +107,16 @@ def test_two_deaths_in_a_row_lose_nothing(cluster: Cluster) -> None:
         )
         os.kill(second, signal.SIGKILL)
 
-    assert stream_tokens(client, after=20, then=kill_twice, **GREEDY) == expected
+    assert stream_tokens(cluster.client(), after=20, then=kill_twice, **GREEDY) == undisturbed["greedy"]
+
+
+def test_stopped_worker_is_noticed_and_its_stream_goes_on(cluster: Cluster, undisturbed: dict[str, list[str]]) -> None:
+    """It is alive and holds its connections, but does nothing any more."""
+    worker = cluster.worker()
+    tokens = stream_tokens(cluster.client(), after=20, then=lambda: os.kill(worker["pid"], signal.SIGSTOP), **SEEDED)
+    assert tokens == undisturbed["seeded"]
+    assert ProcessId.of(worker["pid"]) is None
+    assert any("no answer for" in event["text"] for event in read_events(RuntimeDir(cluster.runtime / "default")))
 
 
 def test_dead_gateway_is_replaced_on_the_same_port(cluster: Cluster) -> None:
@@ -115,13 +135,14 @@ def test_dead_gateway_is_replaced_on_the_same_port(cluster: Cluster) -> None:
     assert cluster.worker()["pid"] == worker["pid"], "the worker is none the wiser"
 
 
-def test_dead_controller_is_restarted_and_requests_do_not_notice(cluster: Cluster) -> None:
-    client, status = cluster.client(), cluster.status()
-    expected = stream_tokens(client, **GREEDY)
+def test_dead_controller_is_restarted_and_requests_do_not_notice(
+    cluster: Cluster, undisturbed: dict[str, list[str]]
+) -> None:
+    status = cluster.status()
     tokens = stream_tokens(
-        client, after=20, then=lambda: os.kill(status["controller"]["pid"], signal.SIGKILL), **GREEDY
+        cluster.client(), after=20, then=lambda: os.kill(status["controller"]["pid"], signal.SIGKILL), **GREEDY
     )
-    assert tokens == expected
+    assert tokens == undisturbed["greedy"]
     again = cluster.status()
     assert again["controller"]["pid"] != status["controller"]["pid"]
     assert again["workers"][0]["pid"] == status["workers"][0]["pid"]
@@ -145,12 +166,13 @@ def test_dead_node_agent_is_replaced_and_adopts_the_manager(cluster: Cluster) ->
     assert stream_tokens(cluster.client(), **GREEDY)
 
 
-def test_dead_manager_is_replaced_and_the_weights_are_loaded_again(cluster: Cluster) -> None:
-    expected = stream_tokens(cluster.client(), **GREEDY)
+def test_dead_manager_is_replaced_and_the_weights_are_loaded_again(
+    cluster: Cluster, undisturbed: dict[str, list[str]]
+) -> None:
     pid = cluster.status()["manager"]["pid"]
     os.kill(pid, signal.SIGKILL)
     wait_until(
         lambda: (status := cluster.status())["ready"] and status["manager"].get("pid", pid) != pid and status["workers"],
         what="a new manager and worker", timeout_s=90,
     )  # fmt: skip
-    assert stream_tokens(cluster.client(), **GREEDY) == expected
+    assert stream_tokens(cluster.client(), **GREEDY) == undisturbed["greedy"]
