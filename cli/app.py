@@ -68,7 +68,9 @@ def up(
     max_context: Annotated[
         int | None, typer.Option(min=1, help="Longest prompt and output together, in tokens. [default: the model's]")
     ] = None,
-    max_running: Annotated[int, typer.Option(min=1, help="Requests computed at the same time; more wait.")] = 64,
+    max_running: Annotated[
+        int, typer.Option(min=1, max=4096, help="Requests computed at the same time; more wait.")
+    ] = 64,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = 512,
     api_key: Annotated[
         str | None,

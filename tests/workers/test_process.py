@@ -14,17 +14,14 @@ from pathlib import Path
 
 import pytest
 from tests.families import make_model
+from tests.workers.serving import GREEDY, PROMPTS, SEEDED, TOKEN, in_process, read_tokens, submits
 
 from flexpert.hbm import HbmClient, HbmError, ManagerConfig, ensure_manager, stop_manager
 from flexpert.workers.engine import MAX_FAILED_STEPS
-from flexpert.workers.framing import open_stream, worker_frames
-from flexpert.workers.messages import Failed, Finished, Hello, SamplingParams, Stats, StepOutput, Submit
-from flexpert.workers.process import BROKEN_EXIT_CODE, WorkerConfig, WorkerProcess, WorkerStartError
+from flexpert.workers.messages import Failed, Finished, SamplingParams, Stats, StepOutput, Submit
+from flexpert.workers.process import BROKEN_EXIT_CODE, WorkerStartError
 
-TOKEN = "secret"
-PROMPTS = [[7 * i % 90 + 3 for i in range(n)] for n in (5, 40, 133)]
-GREEDY = SamplingParams(max_tokens=48, seed=0, temperature=0.0)
-SEEDED = SamplingParams(max_tokens=48, seed=1234567, temperature=0.9, top_p=0.95)
+SCARCE_KV_BYTES = 5 << 16
 
 
 @pytest.fixture(scope="module")
@@ -94,56 +91,6 @@ def start_child(manager, model_dir):
     for child in children:
         if child.process.poll() is None:
             child.kill()
-
-
-def in_process(model_dir: Path, **changes) -> WorkerProcess:
-    fields = {
-        "worker_id": "alone",
-        "model_dir": model_dir,
-        "model_id": "tiny",
-        "cluster_token": TOKEN,
-        "address": f"unix:{tempfile.mkdtemp(prefix='fxa')}/w.sock",
-        "max_running": 8,
-        "max_context_tokens": 512,
-    }
-    return WorkerProcess(WorkerConfig(**fields | changes))
-
-
-def submits(params: SamplingParams, emitted: dict[str, list[int]] | None = None) -> list[Submit]:
-    found = emitted or {}
-    return [
-        Submit(request_id=f"r{i}", prompt_token_ids=prompt, params=params, emitted_token_ids=found.get(f"r{i}", []))
-        for i, prompt in enumerate(PROMPTS)
-    ]
-
-
-async def read_tokens(
-    address: str, requests: list[Submit], *, stop_after: int | None = None
-) -> tuple[dict[str, list[int]], list]:
-    """Tokens by request until all ended, or until `stop_after` were seen; and the frames of other kinds."""
-    reader, writer = await open_stream(address)
-    codec = worker_frames()
-    writer.write(codec.encode(Hello(cluster_token=TOKEN, gateway_id="test")))
-    await codec.read(reader)
-    for submit in requests:
-        writer.write(codec.encode(submit))
-    tokens = {submit.request_id: list(submit.emitted_token_ids) for submit in requests}
-    others, left, seen = [], len(requests), 0
-    while left and (stop_after is None or seen < stop_after):
-        frame = await asyncio.wait_for(codec.read(reader), 60)
-        assert frame is not None, "the worker closed the stream"
-        if not isinstance(frame, StepOutput):
-            others.append(frame)
-            left -= isinstance(frame, Failed)
-            continue
-        for token in frame.tokens:
-            assert token.output_index == len(tokens[token.request_id])
-            tokens[token.request_id].append(token.token_id)
-            seen += 1
-        left -= len(frame.finished)
-        others += frame.finished
-    writer.close()
-    return tokens, others
 
 
 def undisturbed(model_dir: Path, params: SamplingParams) -> dict[str, list[int]]:
@@ -385,3 +332,28 @@ def test_steps_that_all_fail_end_the_worker(model_dir, monkeypatch):
     with pytest.raises(RuntimeError, match="planted"):
         engine.step()
     worker.stop()
+
+
+def test_preempted_requests_lose_no_token(model_dir):
+    """Memory for a part of what runs at once; every request grows over several granules."""
+    growing = SamplingParams(max_tokens=400, seed=99, temperature=0.9)
+    long = [Submit(request_id=f"r{i}", prompt_token_ids=[i + 1] * 40, params=growing) for i in range(6)]
+
+    def served(**changes) -> tuple[dict, int]:
+        worker = in_process(model_dir, **changes)
+        try:
+            tokens, _ = asyncio.run(read_tokens(worker.start(), long))
+            return tokens, worker.engine.stats().preemptions
+        finally:
+            worker.stop()
+
+    runtime_dir = Path(tempfile.mkdtemp(prefix="fxw"))
+    try:
+        manager = ensure_manager(ManagerConfig(runtime_dir=runtime_dir, budget_bytes=512 << 20))
+        scarce, preemptions = served(manager_socket=Path(manager.socket_path), kv_bytes=SCARCE_KV_BYTES)
+        plenty, none = served(manager_socket=Path(manager.socket_path), incarnation=2, kv_bytes=64 << 20)
+    finally:
+        stop_manager(runtime_dir)
+        shutil.rmtree(runtime_dir)
+    assert preemptions > 0 == none
+    assert scarce == plenty
