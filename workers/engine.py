@@ -38,10 +38,6 @@ log = logging.getLogger(__name__)
 Owner = Hashable
 STATS_INTERVAL_S = 0.25
 MAX_FAILED_STEPS = 8
-# After an error of the device (an illegal access, a failed assertion) every later call fails too.
-_DEVICE_ERRORS: tuple[type[Exception], ...] = tuple(
-    getattr(torch, name) for name in ("AcceleratorError",) if hasattr(torch, name)
-)
 
 
 @dataclass(slots=True)
@@ -144,8 +140,9 @@ class Engine:
             sampled = self._sample(plan.rows, logits)
         except Exception as error:
             self._failed_steps += 1
-            if isinstance(error, _DEVICE_ERRORS) or self._failed_steps == MAX_FAILED_STEPS:
-                raise  # no later step can succeed: a replacement replays these requests
+            # After an error of the device (an illegal access, a failed assertion) every later call fails too.
+            if isinstance(error, torch.AcceleratorError) or self._failed_steps == MAX_FAILED_STEPS:
+                raise  # a replacement replays these requests
             log.exception("step %d failed; its %d requests end with an error", plan.step, len(plan.rows))
             self._fail(plan, error)
         else:
