@@ -1,7 +1,8 @@
 """Attention on the CPU whose every row is the same bits whatever shares the step with it.
 
-A query row is reduced over fixed blocks of 128 keys at absolute positions, in key order, and computed in a tile of 16 or 64 rows: for a
-matrix product on the CPU the bits of a row do not depend on how many 16-row groups stand beside it. So a token decoded alone,
+A query row is reduced over fixed blocks of 128 keys at absolute positions, in key order, and computed in a tile of 64 rows, or of few where
+one token is decoded: for a matrix product on the CPU the bits of a row do not depend on how many groups of rows stand beside it
+(`flexpert.kernels.row_groups` says how large a group). So a token decoded alone,
 in a batch, or inside a prefill chunk gets equal results, bit for bit (float32; `tests/kernels/test_attention.py`).
 
 Two parts: `AttentionPlan` is made once a step for each head geometry and window and holds only indices and masks; `attend` runs once a
@@ -21,10 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexpert.kernels.row_groups import SAFE_ROWS
+
 KEY_BLOCK = 128
-SMALL_TILE = 16
 LARGE_TILE = 64
 MASKED = -1e30  # not -inf: a block that is masked whole must give finite numbers, which then weigh exactly 0
+_VECTOR_ELEMENTS = 512  # whole vectors also when a few threads share them
 _SCORES_PER_CHUNK = 1 << 22  # bounds the scratch memory of one chunk to 16 MiB of scores
 
 
@@ -60,9 +63,14 @@ class _Chunk:
 
 
 class AttentionPlan:
-    """Indices and masks of one step for layers of `heads` query heads, `kv_heads` KV heads and one window (None: all earlier keys)."""
+    """Indices and masks of one step for layers of `heads` query heads, `kv_heads` KV heads and one window (None: all earlier keys).
 
-    def __init__(self, requests: PackedRequests, *, heads: int, kv_heads: int, window: int | None) -> None:
+    row_group: a tile's rows are a multiple of this.
+    """
+
+    def __init__(
+        self, requests: PackedRequests, *, heads: int, kv_heads: int, window: int | None, row_group: int = SAFE_ROWS
+    ) -> None:
         self.heads, self.kv_heads = heads, kv_heads
         self.group = heads // kv_heads
         self.padded_tokens = requests.padded_tokens
@@ -71,8 +79,9 @@ class AttentionPlan:
         # Where the result of (token, head) lies in the concatenated outputs of the chunks; padding tokens point at row 0.
         self._output_rows = np.zeros((requests.padded_tokens, heads), dtype=np.int64)
         self._outputs = 0
-        small = rows <= SMALL_TILE
-        for selected, height in ((np.flatnonzero(small), SMALL_TILE), (np.flatnonzero(~small), LARGE_TILE)):
+        self._small_tile = min(-(-self.group // row_group) * row_group, LARGE_TILE)  # holds one token
+        small = rows <= self._small_tile
+        for selected, height in ((np.flatnonzero(small), self._small_tile), (np.flatnonzero(~small), LARGE_TILE)):
             if len(selected):
                 self._add_tiles(requests, selected, rows[selected], height, window)
         self.output_rows = torch.from_numpy(self._output_rows.reshape(-1))
@@ -112,7 +121,7 @@ class AttentionPlan:
         query_rows = (token * self.heads + heads)[:, pair_tile]
 
         pair_request = request[pair_tile]
-        if height == SMALL_TILE:
+        if height == self._small_tile:
             block_request, block_index, pair_block = pair_request, block, None
         else:
             keys, inverse = np.unique(pair_request * (1 << 32) + block, return_inverse=True)
@@ -232,12 +241,20 @@ def _combine(chunk: _Chunk, scores: Tensor, probabilities: Tensor, partial: Tens
     if sinks is not None:
         sink = sinks.float().index_select(0, chunk.tile_heads).view(total_max.shape)
         total_max = torch.maximum(total_max, sink)
-    weight = (block_max - total_max.index_select(1, chunk.pair_tile)).exp_().mul_(block_sum)
+    weight = _exp(block_max - total_max.index_select(1, chunk.pair_tile)).mul_(block_sum)
     total = _reduce_blocks(chunk, weight, torch.add)
     if sinks is not None:
-        total = total + (sink - total_max).exp_()
+        total = total + _exp(sink - total_max)
     partial = partial * (weight / total.index_select(1, chunk.pair_tile)).unsqueeze(-1)
     return _reduce_blocks(chunk, partial, torch.add)
+
+
+def _exp(values: Tensor) -> Tensor:
+    """Element by element, all of them in whole vectors: scalar code for the last few would give them other bits."""
+    padding = -values.numel() % _VECTOR_ELEMENTS
+    if padding == 0:
+        return values.exp_()
+    return torch.nn.functional.pad(values.reshape(-1), (0, padding)).exp_()[: values.numel()].view(values.shape)
 
 
 def _reduce_blocks(chunk: _Chunk, pairs: Tensor, reduce: Callable[..., Tensor]) -> Tensor:

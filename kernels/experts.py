@@ -2,7 +2,8 @@
 
 An expert's weights lie in a slot of the arena (`ExpertSlabs`); which slot is data. All kernels here return one weighted sum of the
 unsummed rows of each (token, k) in top-k order, so that placement and batch composition change no bit of a token's result on the CPU:
-every expert's rows are padded to multiples of 16, where a matrix product's row does not depend on the rows beside it.
+every expert's rows are padded to multiples of a number at which a matrix product's row does not depend on the rows beside it
+(`flexpert.kernels.row_groups`).
 
 Called through `flexpert.kernels.registration` by the experts modules of transformers. Knows nothing of models or checkpoints.
 """
@@ -11,12 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-ROW_GROUP = 16
+from flexpert.kernels.row_groups import SAFE_ROWS, row_group
+
+# How many rows of every expert the one batched product may take, and the rows' worth of time of one expert's product of its own.
+_BATCHED_HEIGHTS = {
+    group: np.array([height for height in (0, 4, 8, 16, 32) if height % group == 0])[:, None]
+    for group in (4, 8, SAFE_ROWS)
+}
+_SEPARATE_PRODUCT_ROWS = 40
+_ELEMENTWISE_ROWS = (
+    64  # total rows are padded to a multiple of this, so that element-wise operations cover whole vectors
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,13 @@ class ExpertSlabs:
     def num_experts(self) -> int:
         return len(self.slots)
 
+    @cached_property
+    def row_group(self) -> int:
+        """Rows of an expert are padded to multiples of this on the CPU."""
+        if self.arena.dtype != torch.float32:
+            return SAFE_ROWS
+        return row_group((matrix.shape[1], matrix.shape[2], self.transposed) for matrix in (self.up, self.down))
+
     def _matrices(self, name: str, first_slot: int) -> Tensor:
         part = self.parts[name]
         view = self.arena.as_strided(
@@ -89,34 +108,40 @@ def experts_forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, 
 def _cpu_rows(hidden: Tensor, expert: Tensor, slabs: ExpertSlabs) -> Tensor:
     """The unweighted result of each (token, k): [tokens, k, H].
 
-    Gathered rows lie in two parts: the first 16 of every expert, which one batched product takes, and those beyond, expert by
-    expert.
-    Where most experts are idle or most rows would lie beyond (prefill), the first part is empty.
+    Gathered rows lie in two parts: the first few of every expert, which one batched product takes, and those beyond, expert by expert.
     """
     tokens, top_k = expert.shape
+    group = slabs.row_group
     ids = expert.reshape(-1).numpy()
     counts = np.bincount(ids, minlength=slabs.num_experts)
-    padded = -(-counts // ROW_GROUP) * ROW_GROUP
-    together = ROW_GROUP * slabs.num_experts
-    if not together <= 2 * int(padded.sum()) <= 4 * together:
-        together = 0
-    beyond = np.maximum(padded - ROW_GROUP, 0) if together else padded
+    padded = -(-counts // group) * group
+    height = _batched_height(padded, group)
+    together = height * slabs.num_experts
+    beyond = np.maximum(padded - height, 0)
     begin = together + np.cumsum(beyond) - beyond
     order = np.argsort(ids, kind="stable")
     sorted_ids = ids[order]
     rank = np.arange(len(ids)) - (np.cumsum(counts) - counts)[sorted_ids]  # among the rows of its expert
-    placed = begin[sorted_ids] + rank
-    if together:
-        placed = np.where(rank < ROW_GROUP, sorted_ids * ROW_GROUP + rank, placed - ROW_GROUP)
+    placed = np.where(rank < height, sorted_ids * height + rank, begin[sorted_ids] + rank - height)
     place = np.empty_like(ids)  # of each (token, k) among the gathered rows
     place[order] = placed
-    source = np.zeros(together + int(beyond.sum()), dtype=np.int64)
+    total = together + int(beyond.sum())
+    source = np.zeros(-(-total // _ELEMENTWISE_ROWS) * _ELEMENTWISE_ROWS, dtype=np.int64)
     source[place] = np.arange(len(ids)) // top_k
-    gathered = hidden.index_select(0, torch.from_numpy(source))
+    gathered = torch.from_numpy(hidden.numpy().take(source, axis=0))
     runs = [(int(e), int(begin[e]), int(begin[e] + beyond[e])) for e in np.flatnonzero(beyond)]
     inner = _multiply(gathered, slabs.up, slabs.up_bias, together, runs)
     result = _multiply(slabs.activate(inner), slabs.down, slabs.down_bias, together, runs)
     return result.index_select(0, torch.from_numpy(place)).view(tokens, top_k, -1)
+
+
+def _batched_height(padded: np.ndarray, group: int) -> int:
+    """How many rows of every expert to compute in one batched product: a multiple of `group` that costs least, 0 for none."""
+    heights = _BATCHED_HEIGHTS[group]
+    beyond = padded - heights
+    np.maximum(beyond, 0, out=beyond)
+    cost = beyond.sum(1) + (beyond > 0).sum(1) * _SEPARATE_PRODUCT_ROWS + heights[:, 0] * len(padded)
+    return int(heights[cost.argmin(), 0])
 
 
 def _multiply(

@@ -37,6 +37,7 @@ from flexpert.workers.runner import ModelRunner
 from flexpert.workers.sampling import Sampler
 from flexpert.workers.scheduler import Scheduler, SchedulerConfig
 from flexpert.workers.server import WorkerServer
+from flexpert.workers.threads import run_apart
 from flexpert.workers.weights import drop_leftovers, weights_key
 
 log = logging.getLogger(__name__)
@@ -121,21 +122,12 @@ class WorkerProcess:
 
     def start(self, on_progress: Progress | None = None) -> str:
         """Map or load the weights, open the KV arena, listen. Raises WorkerStartError, UnservableModelError, CheckpointError, HbmError."""
-        torch.set_num_threads(self.config.threads or os.cpu_count() or 1)
-        torch.set_grad_enabled(False)
-        servable = check_servable(self.config.model_dir)
-        self.times.mark("check_model")
-        bound = self._bind(servable, on_progress)
-        self.times.mark("weights")
-        engine, max_context_tokens = self._build(servable, bound)
-        self.times.mark("kv")
-        self._runner.warm_up()
-        self.times.mark("warm_up")
+        engine, max_context_tokens, vocab_size = run_apart(lambda: self._make_engine(on_progress))
         welcome = Welcome(
             worker_id=self.config.worker_id,
             incarnation=self.config.incarnation,
             model_id=self.config.model_id,
-            vocab_size=servable.vocab_size,
+            vocab_size=vocab_size,
             max_context_tokens=max_context_tokens,
             max_running=self.config.max_running,
         )
@@ -155,6 +147,20 @@ class WorkerProcess:
             self.times.phases,
         )
         return self.address
+
+    def _make_engine(self, on_progress: Progress | None) -> tuple[Engine, int, int]:
+        """The engine, the longest request it can hold, the size of the vocabulary."""
+        torch.set_num_threads(self.config.threads or os.cpu_count() or 1)
+        torch.set_grad_enabled(False)
+        servable = check_servable(self.config.model_dir)
+        self.times.mark("check_model")
+        bound = self._bind(servable, on_progress)
+        self.times.mark("weights")
+        engine, max_context_tokens = self._build(servable, bound)
+        self.times.mark("kv")
+        self._runner.warm_up()
+        self.times.mark("warm_up")
+        return engine, max_context_tokens, servable.vocab_size
 
     def _run_engine(self, engine: Engine) -> None:
         """A worker whose books cannot be trusted any more ends as if killed: its replacement maps what was committed."""

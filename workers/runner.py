@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flexpert.kernels.attention import KEY_BLOCK
+from flexpert.kernels.row_groups import SAFE_ROWS, row_group
 from flexpert.workers.model.binding import BoundModel
 from flexpert.workers.model.cpu_step import CpuStep
 from flexpert.workers.model.gpu_compute import GpuCompute
@@ -42,8 +44,10 @@ class ModelRunner:
         self.kv = kv
         self._gpu: GpuCompute | None = None
         self.last_build_s = 0.0
+        self._row_group = SAFE_ROWS
         if bound.device.type == "cpu":
             _use_invariant_threads()
+            self._row_group = _attention_row_group(bound)
         else:
             self._gpu = GpuCompute(bound, self.views, kv)
 
@@ -65,7 +69,7 @@ class ModelRunner:
             self.last_build_s = time.perf_counter() - began_s
             with torch.inference_mode():
                 return self._gpu.logits(packed)
-        step = CpuStep(packed, self.views)
+        step = CpuStep(packed, self.views, self._row_group)
         for layer in self.bound.servable.attention:
             step.plan(layer.heads, layer.key_heads, layer.window)
         for experts in self.bound.experts:
@@ -93,6 +97,16 @@ class ModelRunner:
             )
             logits: Tensor = output.logits[0, : len(packed.wanted)].float()
         return logits
+
+
+def _attention_row_group(bound: BoundModel) -> int:
+    """Of the products of queries with a block of keys and of probabilities with its values."""
+    expands_latents = any(hasattr(module, "expand_kv") for module in bound.model.modules())
+    if expands_latents or bound.dtype != torch.float32:
+        return SAFE_ROWS
+    sizes = {(layer.key_dim, layer.value_dim) for layer in bound.kv.layers}
+    scores = [(key_dim, KEY_BLOCK, False) for key_dim, _ in sizes]
+    return row_group([*scores, *((KEY_BLOCK, value_dim, True) for _, value_dim in sizes)])
 
 
 def _use_invariant_threads() -> None:

@@ -17,7 +17,7 @@ from flexpert.workers.model.packing import PackedStep
 class CpuStep(CacheProtocol):
     """Made anew for each step. Plans are made on first use and shared by the layers of one geometry."""
 
-    def __init__(self, packed: PackedStep, views: KvViews) -> None:
+    def __init__(self, packed: PackedStep, views: KvViews, row_group: int) -> None:
         self._views = views
         self._requests = PackedRequests(
             first_row=packed.first_rows,
@@ -27,6 +27,7 @@ class CpuStep(CacheProtocol):
             kv_row_step=views.token_rows,
             padded_tokens=len(packed.token_ids),
         )
+        self._row_group = row_group
         self._plans: dict[tuple[int, int, int | None], AttentionPlan] = {}
         self._num_tokens = packed.num_tokens
         self._positions = torch.from_numpy(packed.positions[: packed.num_tokens])
@@ -42,7 +43,9 @@ class CpuStep(CacheProtocol):
     def plan(self, heads: int, kv_heads: int, window: int | None) -> AttentionPlan:
         geometry = (heads, kv_heads, window)
         if geometry not in self._plans:
-            self._plans[geometry] = AttentionPlan(self._requests, heads=heads, kv_heads=kv_heads, window=window)
+            self._plans[geometry] = AttentionPlan(
+                self._requests, heads=heads, kv_heads=kv_heads, window=window, row_group=self._row_group
+            )
         return self._plans[geometry]
 
     def attend(self, call: AttentionCall) -> Tensor:
@@ -57,7 +60,7 @@ class _Reader:
     """Keys and values of arena rows, one tensor for each KV head; latents are expanded by the layer's own module."""
 
     def __init__(self, views: KvViews, layer: int, expanding: nn.Module | None) -> None:
-        self._rows = views.kv_rows[layer]
+        self._rows, self._first_row = views.kv_rows[layer], views.first_row[layer]
         self._shape = views.layout.layers[layer]
         self._values_begin = (
             views.layout.value_offsets[layer] - views.layout.key_offsets[layer]
@@ -66,7 +69,7 @@ class _Reader:
 
     def __call__(self, rows: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         shape = self._shape
-        both = self._rows.index_select(0, rows)
+        both = self._rows.index_select(0, rows + self._first_row if self._first_row else rows)
         keys, values = both[:, : shape.heads * shape.key_dim], both[:, self._values_begin :]
         if self._expanding is None:
             both_float = (keys.float(), values.float())
