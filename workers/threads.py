@@ -12,7 +12,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-SPIN_COUNT = 20000
+SPIN_COUNT = 10000
 
 # Results of a step, megabytes each, are allocated and freed all the time. glibc would give their pages back to the system and fault them in
 # again, 0.6 ms for each 2 MiB on a virtual machine; so a worker keeps what it once had. The first is the largest value that glibc takes.
