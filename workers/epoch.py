@@ -1,7 +1,7 @@
 """An epoch: who computes what, as one immutable value that the controller makes and every rank reads. Pure.
 
-`Epoch` travels as msgpack from the controller to the workers. Which rank computes an expert for which home rank follows from it alone, so no
-two ranks can disagree. Made by `controller.planner`, carried out by `workers.group`.
+`Epoch` travels as msgpack from the controller to the workers. Which rank computes an expert for which home rank follows from it alone,
+so no two ranks can disagree. Made by `controller.planner`, carried out by `workers.group`.
 """
 
 from __future__ import annotations
