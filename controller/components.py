@@ -19,7 +19,7 @@ from flexpert.controller.gateway_actor import GatewayActor
 from flexpert.controller.node_agent import NodeAgent
 from flexpert.controller.processes import ProcessId
 from flexpert.controller.ray_cluster import ActorGone
-from flexpert.controller.spec import ClusterSpec
+from flexpert.controller.spec import ClusterSpec, device_of
 from flexpert.controller.supervision_types import (
     AGENT,
     GATEWAY,
@@ -84,7 +84,7 @@ class Components:
             )
             self._keep(AGENT, actor)
         actor = self._actors[AGENT]
-        answer = await ray_cluster.call(actor, "ensure")
+        answer = await ray_cluster.call(actor, "ensure", device_of(self.spec.worker_ids[0]))
         if self._refused(AGENT, answer):
             return
         self._manager_found(answer, actor)
@@ -238,9 +238,9 @@ class Components:
             ray_cluster.kill_actor(actor)
         if agent is not None:
             try:
-                await asyncio.wait_for(ray_cluster.call(agent, "stop_manager"), STOP_TIMEOUT_S)
+                await asyncio.wait_for(ray_cluster.call(agent, "stop_managers"), STOP_TIMEOUT_S)
             except Exception as error:
-                log.warning("the HBM manager was not stopped by its agent: %r", error)
+                log.warning("the HBM managers were not stopped by its agent: %r", error)
             ray_cluster.kill_actor(agent)
 
     # What is there
@@ -270,7 +270,10 @@ class Components:
         if not status:
             return None
         if component == AGENT:
-            self._manager_found(status, actor)
+            device = status["devices"].get(device_of(self.spec.worker_ids[0]))
+            if device is None:
+                return None
+            self._manager_found(device, actor)
             return AgentReady()
         if component == GATEWAY:
             self.port = status["port"]
@@ -326,7 +329,7 @@ class Components:
 
     async def _watch_manager(self, agent: Any) -> None:
         try:
-            reason = await ray_cluster.call(agent, "wait_manager_closed")
+            reason = await ray_cluster.call(agent, "wait_manager_closed", self.manager["device"], self.manager["pid"])
         except Exception as error:
             self._lost(AGENT, agent, f"the HBM manager cannot be watched: {error}")
             return

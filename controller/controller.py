@@ -109,7 +109,7 @@ class Controller:
             "model": self._spec.model_id,
             "uptime_s": round(time.time() - self._began_s, 1),
             "controller": {"pid": os.getpid()},
-            "manager": agent,
+            "manager": next(iter(agent.get("devices", {}).values()), agent),
             "gateway": gateway,
             "workers": workers,
             "processes": {name: {"phase": phase, "worker_id": worker} for name, (phase, worker) in processes.items()},

@@ -1,7 +1,8 @@
-"""The actor that stands for a node: it holds the node's reservation with Ray and keeps the device's HBM manager running.
+"""The actor that stands for a node: it holds the node's reservation with Ray and keeps the HBM managers of the node's devices running.
 
-The manager is a daemon of its own (`flexpert.hbm`), started here or adopted from an earlier cluster; it outlives this actor and every
-worker. Only an orderly end of the cluster stops it (`stop_manager`). Workers ask Ray for nothing: the device belongs to the node.
+A manager is a daemon of its own (`flexpert.hbm`), one for each device in use, started here or adopted from an earlier cluster; it outlives
+this actor and every worker. Only an orderly end of the cluster, or a device that is no longer used, stops it. Workers ask Ray for
+nothing: the devices belong to the node.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,12 @@ BUDGET_TOLERANCE_BYTES = 2 << 20  # budgets are rounded to whole granules
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Manager:
+    process: ProcessId
+    socket: Path
+
+
 class NodeAgent:
     """An async actor; what blocks runs in threads. exact: a manager with another budget is not adopted but started anew."""
 
@@ -28,33 +36,38 @@ class NodeAgent:
         open_process_log(Path(log_path), log_level)
         self._runtime_path, self._budget_bytes = Path(runtime_path), budget_bytes
         self._exact = exact
-        self._manager: ProcessId | None = None
-        self._socket: Path | None = None
+        self._managers: dict[str, _Manager] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
 
-    async def ensure(self) -> dict[str, Any]:
-        """Start the manager or adopt the running one; returns its socket and process, or the failure."""
-        try:
-            return await asyncio.to_thread(self._ensure)
-        except Exception as error:
-            log.exception("the HBM manager did not start")
-            return {"failure": StartFailure.of(error).to_json()}
+    async def ensure(self, device: str) -> dict[str, Any]:
+        """Start the device's manager or adopt the running one; returns its socket and process, or the failure."""
+        async with self._locks.setdefault(device, asyncio.Lock()):
+            try:
+                return await asyncio.to_thread(self._ensure, device)
+            except Exception as error:
+                log.exception("the HBM manager of %s did not start", device)
+                return {"failure": StartFailure.of(error).to_json()}
 
-    def _ensure(self) -> dict[str, Any]:
+    def _ensure(self, device: str) -> dict[str, Any]:
         from flexpert.hbm import ManagerConfig, ensure_manager, stop_manager
 
-        config = ManagerConfig(runtime_dir=self._runtime_path, name=MANAGER_NAME, budget_bytes=self._budget_bytes)
+        config = ManagerConfig(runtime_dir=self._runtime_path, name=device, budget_bytes=self._budget_bytes)
         handle = ensure_manager(config)
         if handle.adopted and self._exact and abs(handle.budget_bytes - self._budget_bytes) >= BUDGET_TOLERANCE_BYTES:
             log.info(
-                "the manager found has a budget of %d bytes, wanted is %d: starting it anew",
+                "the manager found for %s has a budget of %d bytes, wanted is %d: starting it anew",
+                device,
                 handle.budget_bytes,
                 self._budget_bytes,
             )
             stop_manager(config.runtime_dir, config.name)
             handle = ensure_manager(config)
-        self._manager = ProcessId.of(handle.pid, "manager")
-        self._socket = handle.socket_path
+        process = ProcessId.of(handle.pid, device)
+        if process is None:
+            raise RuntimeError(f"the HBM manager of {device} (pid {handle.pid}) ended as soon as it had started")
+        self._managers[device] = _Manager(process, handle.socket_path)
         return {
+            "device": device,
             "agent_pid": os.getpid(),
             "pid": handle.pid,
             "socket": str(handle.socket_path),
@@ -73,17 +86,30 @@ class NodeAgent:
     async def pid(self) -> int:
         return os.getpid()
 
-    async def status(self) -> dict[str, Any] | None:
-        """What the manager tells of its memory; None where there is no manager yet."""
-        if self._manager is None or self._socket is None or not self._manager.alive:
-            return None
-        info = await asyncio.to_thread(self._info, self._socket)
-        known = {name: getattr(info, name) for name in ("budget_bytes", "free_bytes", "granule_bytes")}
-        return {"pid": self._manager.pid, "agent_pid": os.getpid(), "socket": str(self._socket), **known}
+    async def status(self) -> dict[str, Any]:
+        """What each manager tells of its memory, by device; one that does not answer only says that it runs."""
+        return {
+            "agent_pid": os.getpid(),
+            "devices": {device: await self._device(device) for device in self._managers if self._alive(device)},
+        }
 
-    async def wait_manager_closed(self) -> str:
-        """Returns when the manager has ended: its memory is gone."""
-        pidfd = None if self._manager is None else self._manager.open()
+    def _alive(self, device: str) -> bool:
+        return self._managers[device].process.alive
+
+    async def _device(self, device: str) -> dict[str, Any]:
+        manager = self._managers[device]
+        known = {"device": device, "pid": manager.process.pid, "agent_pid": os.getpid(), "socket": str(manager.socket)}
+        try:
+            info = await asyncio.to_thread(self._info, manager.socket)
+        except Exception as error:
+            log.warning("the HBM manager of %s does not answer: %r", device, error)
+            return known
+        return {**known, **{name: getattr(info, name) for name in ("budget_bytes", "free_bytes", "granule_bytes")}}
+
+    async def wait_manager_closed(self, device: str, pid: int) -> str:
+        """Returns when this manager of the device has ended: its memory is gone."""
+        known = self._managers.get(device)
+        pidfd = known.process.open() if known is not None and known.process.pid == pid else None
         if pidfd is not None:
             ended = asyncio.Event()
             loop = asyncio.get_running_loop()
@@ -93,13 +119,19 @@ class NodeAgent:
             finally:
                 loop.remove_reader(pidfd)
                 os.close(pidfd)
-        return "the HBM manager ended; weights and KV it held are gone"
+        return f"the HBM manager of {device} ended; weights and KV it held are gone"
 
-    async def stop_manager(self) -> bool:
-        """End the manager and free its memory."""
+    async def stop(self, device: str) -> bool:
+        """End the manager of a device and free its memory."""
         from flexpert.hbm import stop_manager
 
-        return await asyncio.to_thread(stop_manager, self._runtime_path, MANAGER_NAME)
+        async with self._locks.setdefault(device, asyncio.Lock()):
+            self._managers.pop(device, None)
+            return await asyncio.to_thread(stop_manager, self._runtime_path, device)
+
+    async def stop_managers(self) -> int:
+        """End the managers of all devices; returns how many ran."""
+        return sum(await asyncio.gather(*(self.stop(device) for device in list(self._managers))))
 
     async def wait_closed(self) -> None:
         """Never returns: a pending call that Ray fails as soon as this process ends."""

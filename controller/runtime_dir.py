@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_SOCKET_PATH_BYTES = 107  # sun_path holds 108, the last one is zero
-LONGEST_SOCKET_NAME = "worker-0.1000000.sock"
+LONGEST_SOCKET_NAME = "worker-99.1000000.ep.sock"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
 
 
@@ -68,6 +68,18 @@ class RuntimeDir:
 
     def worker_socket(self, worker_id: str, incarnation: int) -> Path:
         return self.path / f"{worker_id}.{incarnation}.sock"
+
+    def exchange_socket(self, worker_id: str, incarnation: int) -> Path:
+        """Where a worker's peers of an epoch connect."""
+        return self.path / f"{worker_id}.{incarnation}.ep.sock"
+
+    def manager_socket(self, device: str) -> Path:
+        """Where the HBM manager of a device listens."""
+        return self.path / f"{device}.sock"
+
+    def manager_names(self) -> list[str]:
+        """The devices that a manager was ever started for here."""
+        return sorted(path.stem for path in self.path.glob("device-*.lock"))
 
     def read_state(self) -> dict[str, Any] | None:
         """What the last `up` wrote; None where there is nothing (or nothing readable)."""

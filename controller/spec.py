@@ -13,8 +13,9 @@ from flexpert.controller.runtime_dir import RuntimeDir
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
-    """memory_bytes: budget of the HBM manager (weights and KV), for an
-    adopted one only where memory_exact. Settings that are None are left to the worker's defaults.
+    """workers: how many serve at first; max_workers: how many devices there are, one for each. standbys: warm
+    processes kept beside them. memory_bytes: budget of each device's HBM manager (weights and KV), for an adopted one only where
+    memory_exact. Settings that are None are left to the worker's defaults. threads: compute threads of each worker.
 
     cluster_token: what gateways show to workers. api_keys: empty lets everyone in. port 0 lets the kernel choose.
     """
@@ -40,7 +41,26 @@ class ClusterSpec:
     threads: int
     drain_timeout_s: float
     num_gpus: int = 0
+    workers: int = 1
+    max_workers: int = 1
+    step_timeout_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.workers <= self.max_workers:
+            raise ValueError(
+                f"workers {self.workers}: expected at least 1 and at most max_workers, which is {self.max_workers}"
+            )
+
+    @property
+    def worker_ids(self) -> tuple[str, ...]:
+        """All names that a worker may have, by device: worker-i runs on device-i."""
+        return tuple(f"worker-{number}" for number in range(self.max_workers))
 
     @property
     def runtime(self) -> RuntimeDir:
         return RuntimeDir(self.runtime_path)
+
+
+def device_of(worker_id: str) -> str:
+    """The device that a worker runs on; also the name of that device's HBM manager."""
+    return f"device-{worker_id.rpartition('-')[2]}"

@@ -58,7 +58,7 @@ class PlayedRay:
         return answer
 
 
-MANAGER = {"agent_pid": 1, "pid": 2, "socket": "/m.sock", "adopted": False}
+MANAGER = {"device": "device-0", "agent_pid": 1, "pid": 2, "socket": "/m.sock", "adopted": False}
 
 
 def make(
