@@ -8,6 +8,7 @@ the frames on the wire. A frame is a tagged msgspec struct, so an unknown or mal
                                 <─────    Welcome(model, limits) | Refused(reason), then the socket closes
     Submit, Cancel              ─────>
                                 <─────    StepOutput (one a step), Failed (one a refused request), Stats (a few a second)
+                                <─────    Released (the worker leaves its epoch: its requests live on elsewhere)
 """
 
 from __future__ import annotations
@@ -122,6 +123,16 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     message: str
 
 
+class Released(msgspec.Struct, frozen=True, kw_only=True, tag="released"):
+    """These requests live on elsewhere: submit them again with their emitted tokens, to target_worker_id first where it is given.
+
+    Nothing more comes of them on this stream. Every token that was drawn here was sent before this frame.
+    """
+
+    request_ids: list[str]
+    target_worker_id: str = ""
+
+
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """The worker's load. kv counts are tokens; step_s the time of the last step, host_s the part spent in scheduling and batch building."""
 
@@ -139,4 +150,4 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
 
 
 GatewayFrame = Hello | Submit | Cancel
-WorkerFrame = Welcome | Refused | StepOutput | Failed | Stats
+WorkerFrame = Welcome | Refused | StepOutput | Failed | Released | Stats
