@@ -17,7 +17,8 @@ class ClusterSpec:
     processes kept beside them. memory_bytes: budget of each device's HBM manager (weights and KV), for an adopted one only where
     memory_exact. Settings that are None are left to the worker's defaults. threads: compute threads of each worker.
 
-    cluster_token: what gateways show to workers. api_keys: empty lets everyone in. port 0 lets the kernel choose.
+    cluster_token: what gateways show to workers. api_keys: empty lets everyone in. admin_keys: empty lets nobody use
+    the admin API. port 0 lets the kernel choose.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ClusterSpec:
     num_gpus: int = 0
     workers: int = 1
     max_workers: int = 1
+    admin_keys: tuple[str, ...] = ()
     step_timeout_s: float = 2.0
 
     def __post_init__(self) -> None:
