@@ -17,8 +17,8 @@ from flexpert.workers.epoch import Epoch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Expert slabs lie in slots, layer after layer: slot = layer * experts + expert. Group g holds the slots from g * slabs_per_group on and
-    is the unit that is moved and loaded. layers: those that have experts."""
+    """Expert slabs lie in slots, layer after layer: slot = layer * experts + expert. Group g holds the slabs_per_group slots from
+    g * slabs_per_group on and is the unit that is moved and loaded. layers: those that have experts."""
 
     layers: int
     experts: int
