@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 STANDBY_NICE = 10
 WORKER_PROCESS = "flexpert.workers.process:WorkerProcess"
+MODEL_SHAPE = "flexpert.workers.shape"
 
 # Which errors of a start are of which kind (exit code and advice), by the name of the class: most live in modules that import torch.
 # The second value: trying again changes nothing.
@@ -104,6 +105,16 @@ class WorkerActor:
             log.exception("the worker process could not be prepared")
             return StartFailure.of(error)
         return None
+
+    async def model_shape(self, model_dir: str, dtype: str) -> dict[str, Any]:
+        """What the planner must know of the model (fields of workers.shape.model_shape), or the failure."""
+        try:
+            module = importlib.import_module(self._module)
+            shape = getattr(module, "model_shape", None) or importlib.import_module(MODEL_SHAPE).model_shape
+            return dict(await asyncio.to_thread(shape, Path(model_dir), dtype))
+        except Exception as error:
+            log.exception("the model could not be examined")
+            return {"failure": StartFailure.of(error).to_json()}
 
     async def start(self, config: dict[str, Any]) -> dict[str, Any]:
         """Become the worker that `config` (fields of workers.process.WorkerConfig) describes; returns its status, or the failure."""
