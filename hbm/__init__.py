@@ -25,8 +25,8 @@ from flexpert.hbm.launch import (
     ensure_manager,
     stop_manager,
 )
-from flexpert.hbm.loading import Copy, LoadPlan
-from flexpert.hbm.mapped_weights import MappedSegment, MappedWeights
+from flexpert.hbm.loading import Copy, LoadPlan, peer_plan
+from flexpert.hbm.mapped_weights import ExportedSegments, MappedSegment, MappedWeights
 from flexpert.hbm.ops import ArenaOp, Claim, Map, Unmap
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "BusyError",
     "Claim",
     "Copy",
+    "ExportedSegments",
     "FencedError",
     "HbmClient",
     "HbmError",
@@ -58,5 +59,6 @@ __all__ = [
     "WeightsState",
     "check_manager",
     "ensure_manager",
+    "peer_plan",
     "stop_manager",
 ]

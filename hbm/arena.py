@@ -14,7 +14,7 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,7 @@ class KvArena:
         self.granule_bytes = GRANULE_BYTES
         self.granules: Sequence[int] = ids_of(extents)
         self._client, self._lease_id, self._slot_granules = client, lease_id, slot_granules
-        self._allowed = self.granules if isinstance(self.granules, range) else frozenset(self.granules)
+        self._allowed = frozenset(self.granules)
         self._lock = threading.RLock()
         self._backed: list[list[int]] = [[] for _ in range(slots)]
         self._num_runs = 0
@@ -161,6 +161,41 @@ class KvArena:
             self._require_usable()
             self._client.flush(self._lease_id)
 
+    def grow(self, granules: int) -> list[int]:
+        """Ids of so many granules more, from the manager's free ones; they belong to the arena from now on, whatever
+        becomes of this process. Raises BudgetError where too few are free.
+        """
+        with self._lock:
+            self._require_usable()
+        added = ids_of(self._client.grow_arena(self._lease_id, granules))
+        with self._lock:
+            self._set_granules(self._allowed.union(added))
+        return list(added)
+
+    def shrink(self, granule_ids: Iterable[int]) -> None:
+        """Give granules back to the manager; at least one stays. Raises HbmError, and changes nothing, where one of
+        them is not the arena's or is mapped in a slot.
+        """
+        ids = sorted(granule_ids)
+        removed = frozenset(ids)
+        with self._lock:
+            self._require_usable()
+            if len(removed) != len(ids) or not removed <= self._allowed or not 0 < len(removed) < len(self._allowed):
+                raise HbmError(
+                    f"arena {self.name!r} has {len(self._allowed)} granules and cannot give back {len(ids)}, "
+                    f"{len(removed & self._allowed)} of which are its own: expected ids of its own, each once, not all"
+                )
+            for slot, backed in enumerate(self._backed):
+                if not removed.isdisjoint(backed):
+                    raise HbmError(f"arena {self.name!r}: slot {slot} maps granules that are to be given back")
+            self._set_granules(self._allowed - removed)  # nobody maps them while the manager is asked
+        try:
+            self._client.shrink_arena(self._lease_id, [run for _index, run in runs_of(ids)])
+        except HbmError:
+            with self._lock:
+                self._set_granules(self._allowed | removed)
+            raise
+
     def memory(self) -> memoryview:
         """All bytes of the range ('B'). Writing an unbacked part kills the process; so does any use after `close`."""
         return memory_at(self.address, self.slots * self.slot_bytes, writable=True)
@@ -179,6 +214,7 @@ class KvArena:
             self._pool.close()
             with contextlib.suppress(HbmError):  # the manager has gone, and the lease with it
                 self._client.release_arena(self._lease_id)
+            self._client.closed(self)
 
     # Private
 
@@ -189,6 +225,10 @@ class KvArena:
         if fault is not None:
             raise HbmError(f"arena {self.name!r} can no longer be used and has to be opened anew: {fault}")
         self._client.require_open()
+
+    def _set_granules(self, ids: frozenset[int]) -> None:
+        self._allowed = ids
+        self.granules = sorted(ids)
 
     def _check(self, batch: Sequence[ArenaOp]) -> None:
         """Everything that could be wrong with a batch, before its first operation is carried out."""

@@ -1,4 +1,4 @@
-"""The proof that the books are right: owners, leases and mappings against each other. Pure, changes nothing.
+"""The proof that the books are right: owners, leases, pins and mappings against each other. Pure, changes nothing.
 
 `books.Books.check` calls it; every finding is a sentence that names what disagrees.
 """
@@ -6,37 +6,77 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from flexpert.hbm.granules import ids_of
 
 if TYPE_CHECKING:
     from flexpert.hbm.books import Books
+    from flexpert.hbm.records import Segment
 
 
 def findings(books: Books) -> list[str]:
     """What is wrong; empty when nothing is."""
-    return [*books.pool.check(), *_owners(books), *_leases(books), *_mappings(books)]
+    return [*books.ledger.pool.check(), *_owners(books), *_weights(books), *_leases(books), *_mappings(books)]
 
 
 def _owners(books: Books) -> list[str]:
     found_wrong: list[str] = []
-    expected = array("q", bytes(8 * books.pool.total))
+    pool = books.ledger.pool
+    expected = array("q", bytes(8 * pool.total))
     owned = [(arena.owner_id, f"arena {arena.name!r}", arena.extents) for arena in books.arenas.values()]
-    for weight_set in [*books.weights.values(), *books.dropped]:
-        for name, segment in weight_set.segments.items():
-            owned.append((weight_set.owner_id, f"weights {weight_set.key!r}, segment {name!r}", segment.extents))
-    owned.append((-1, "the free list", books.pool.free_extents()))
+    for segment in _segments(books):
+        owned.append((segment.owner_id, f"weights {segment.key!r}, segment {segment.name!r}", segment.extents))
+    owned.append((-1, "the free list", pool.free_extents()))
     for owner_id, what, extents in owned:
         for granule in ids_of(extents):
             if expected[granule] != 0:
                 found_wrong.append(f"granule {granule} of {what} has another owner, {expected[granule]}")
             expected[granule] = owner_id
-    for granule, (found, wanted) in enumerate(zip(books.owner_of, expected, strict=True)):
+    for granule, (found, wanted) in enumerate(zip(books.ledger.owner_of, expected, strict=True)):
         if found != max(wanted, 0) or wanted == 0:
             found_wrong.append(
                 f"granule {granule} is entered for owner {found}, held by {wanted or 'nobody, and not free'}"
             )
+    return found_wrong
+
+
+def _segments(books: Books) -> Iterator[Segment]:
+    for weight_set in books.weights.sets.values():
+        yield from weight_set.segments.values()
+    yield from books.weights.dropped.values()
+
+
+def _weights(books: Books) -> list[str]:
+    found_wrong: list[str] = []
+    weights = books.weights
+    found_wrong.extend(f"weights {key!r} have no segment" for key, found in weights.sets.items() if not found.segments)
+    pins: Counter[int] = Counter()
+    for pin in weights.pins.values():
+        pins.update(segment.owner_id for segment in pin.segments)
+        if pin.client_id not in books.clients:
+            found_wrong.append(f"pin {pin.pin_id}: its reader, client {pin.client_id}, is not known")
+    for segment in _segments(books):
+        what = f"weights {segment.key!r}, segment {segment.name!r}"
+        num_pins = pins.pop(segment.owner_id, 0)
+        if num_pins != segment.num_pins:
+            found_wrong.append(f"{what}: {segment.num_pins} pins are entered, {num_pins} are held")
+        load = weights.loads.get(segment.load_id)
+        if segment.load_id and (load is None or load.segments.get(segment.name) is not segment or num_pins):
+            found_wrong.append(f"{what}: load {segment.load_id} is not known, or does not fill it alone")
+        if load is not None and load.abandoned != segment.dropped:
+            found_wrong.append(f"{what}: dropped={segment.dropped}, its load abandoned={load.abandoned}")
+        under_its_name = segment.key in weights.sets and weights.sets[segment.key].segments.get(segment.name) is segment
+        if segment.dropped == under_its_name or (segment.dropped and load is None and not num_pins):
+            found_wrong.append(
+                f"{what}: dropped={segment.dropped}, under its name={under_its_name}, {num_pins} pins, load {segment.load_id}"
+            )
+        if sum(extent.length for extent in segment.extents) != books.ledger.granules_for(segment.nbytes):
+            found_wrong.append(f"{what}: {segment.extents} are not the granules of {segment.nbytes} bytes")
+    found_wrong.extend(f"pins hold segment {owner_id}, which is not known" for owner_id in pins)
     return found_wrong
 
 
@@ -68,18 +108,6 @@ def _leases(books: Books) -> list[str]:
             found_wrong.append(f"arena {arena.name!r}: lease has token {lease.fencing_token}, newest seen is {newest}")
     if len(books.leases) != sum(arena.lease is not None for arena in books.arenas.values()):
         found_wrong.append(f"{len(books.leases)} leases are listed, but not as many arenas are held")
-    for weight_set in [*books.weights.values(), *books.dropped]:
-        found_wrong.extend(
-            f"weights {weight_set.key!r}: reader {client_id} is not known, or reads nothing"
-            for client_id, times in weight_set.readers.items()
-            if client_id not in books.clients or times <= 0
-        )
-        if weight_set.dropped == (books.weights.get(weight_set.key) is weight_set) or (
-            weight_set.dropped and not weight_set.readers
-        ):
-            found_wrong.append(
-                f"weights {weight_set.key!r}: dropped={weight_set.dropped} with {len(weight_set.readers)} readers"
-            )
     return found_wrong
 
 
@@ -91,14 +119,16 @@ def _mappings(books: Books) -> list[str]:
             or len(arena.table) != arena.geometry.slots
         ):
             found_wrong.append(f"arena {arena.name!r} does not have its {arena.geometry}")
+        if any(before.end >= after.start for before, after in pairwise(arena.extents)):
+            found_wrong.append(f"arena {arena.name!r}: its extents touch or are not sorted: {arena.extents}")
         for number, slot in enumerate(arena.table):
             if len(slot.granules) > arena.geometry.slot_granules:
                 found_wrong.append(
                     f"arena {arena.name!r}, slot {number}: {len(slot.granules)} granules are mapped, too many"
                 )
             found_wrong.extend(
-                f"arena {arena.name!r}, slot {number}: granule {granule} belongs to {books.owner_of[granule]}"
+                f"arena {arena.name!r}, slot {number}: granule {granule} belongs to {books.ledger.owner_of[granule]}"
                 for granule in slot.granules
-                if books.owner_of[granule] != arena.owner_id
+                if books.ledger.owner_of[granule] != arena.owner_id
             )
     return found_wrong

@@ -6,10 +6,11 @@ memory calls. The manager creates, exports and discards; clients and the loader 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from flexpert.hbm.granules import Extent
+from flexpert.hbm.granules import Extent, joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +48,27 @@ class Backend(Protocol):
     def reserve(self, nbytes: int) -> Range:
         """Address space without memory: it reads as zeros, writing there faults."""
 
-    def map(self, target: Range, offset_bytes: int, pool: Pool, extent: Extent) -> None:
-        """Back a part of a range with neighbouring granules, in one call. Writable as the pool was imported."""
+    def map(self, target: Range, offset_bytes: int, pool: Pool, extent: Extent, *, populate: bool = False) -> None:
+        """Back a part of a range with neighbouring granules, in one call. Writable as the pool was imported. populate:
+        first use will not fault.
+        """
 
     def unmap(self, target: Range, offset_bytes: int, nbytes: int) -> None:
         """Take the backing of a part of a range away: it reads as zeros again."""
 
     def release(self, target: Range) -> None:
         """Give the address range back."""
+
+
+def map_back_to_back(backend: Backend, pool: Pool, extents: Sequence[Extent], *, populate: bool = False) -> Range:
+    """A new range with these granules in this order, in as few calls as neighbours allow."""
+    target = backend.reserve(sum(extent.length for extent in extents) * backend.granule_bytes)
+    offset = 0
+    try:
+        for run in joined(extents):
+            backend.map(target, offset, pool, run, populate=populate)
+            offset += run.length * backend.granule_bytes
+    except BaseException:
+        backend.release(target)
+        raise
+    return target

@@ -2,8 +2,8 @@
 clock.
 
 The daemon tells the books what happened (a client came, asked, closed its socket, exited) and does the I/O that
-follows. Three kinds of things own granules, each through an owner id that stands in `owner_of` for every granule:
-weight sets and KV arenas; 0 is nobody.
+follows. Weight segments and KV arenas own granules, each through an owner id that stands in the ledger for every
+granule. Clients, leases and arenas are here, weights in `weight_books`.
 
 A lease is the right of one client to write to one KV arena. It starts when the arena is opened and ends only when the
 client gives it back or its process has exited; a closed socket merely makes it `ending`. Until then nobody else gets
@@ -14,31 +14,28 @@ for an arena (the daemon sees to it that the holder exits), an older one is refu
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 from flexpert.hbm import audit
-from flexpert.hbm.errors import BudgetError, BusyError, FencedError, LoadError, NotFoundError, ProtocolError
-from flexpert.hbm.granules import Extent, GranulePool
-from flexpert.hbm.records import Arena, Client, Geometry, Lease, Segment, Slot, Waiter, WeightSet
+from flexpert.hbm.errors import BudgetError, BusyError, FencedError, HbmError, NotFoundError, ProtocolError
+from flexpert.hbm.granules import Extent, ids_of, joined, without
+from flexpert.hbm.ledger import Ledger
+from flexpert.hbm.records import Arena, Client, Geometry, Lease, LoadRecord, Slot, Waiter
+from flexpert.hbm.weight_books import WeightBooks
 
 
 class Books:
     """All state of one manager. Methods change everything or, raising, nothing."""
 
     def __init__(self, *, num_granules: int, granule_bytes: int) -> None:
-        self.granule_bytes = granule_bytes
-        self.pool = GranulePool(num_granules)
-        self.owner_of = array("q", bytes(8 * num_granules))
+        self.ledger = Ledger(num_granules=num_granules, granule_bytes=granule_bytes)
+        self.weights = WeightBooks(self.ledger)
         self.clients: dict[int, Client] = {}
-        self.weights: dict[str, WeightSet] = {}
-        self.dropped: list[WeightSet] = []
-        self.failures: dict[str, str] = {}
         self.arenas: dict[str, Arena] = {}
         self.tokens: dict[str, int] = {}  # arena name -> newest fencing token seen; outlives the arena
         self.leases: dict[int, Arena] = {}
-        self._released: list[Extent] = []
-        self._next_id = 0
 
     # Clients
 
@@ -67,9 +64,7 @@ class Books:
         if self.clients.pop(client_id, None) is None:
             return []
         self._forget_waiter(client_id)
-        for weight_set in [*self.weights.values(), *self.dropped]:
-            weight_set.readers.pop(client_id, None)
-        self._free_unread()
+        self.weights.client_exited(client_id)
         freed = [
             arena for arena in self.arenas.values() if arena.lease is not None and arena.lease.client_id == client_id
         ]
@@ -80,72 +75,13 @@ class Books:
     def holds_anything(self, client_id: int) -> bool:
         return any(
             arena.lease is not None and arena.lease.client_id == client_id for arena in self.arenas.values()
-        ) or any(client_id in weight_set.readers for weight_set in [*self.weights.values(), *self.dropped])
+        ) or self.weights.has_pins(client_id)
 
-    # Weights
-
-    def begin_load(self, key: str, segments: Mapping[str, int], manifest: bytes) -> WeightSet:
-        """Granules for new weights. Raises BudgetError where too few are free, LoadError for sizes that are none."""
-        if key in self.weights:
-            raise BusyError(f"weights {key!r} exist already")
-        if not segments or any(nbytes <= 0 for nbytes in segments.values()):
-            raise LoadError(
-                f"weights {key!r}: expected at least one segment, each of at least 1 byte, got {dict(segments)}"
-            )
-        counts = {name: -(-nbytes // self.granule_bytes) for name, nbytes in segments.items()}
-        self._require_free(sum(counts.values()), for_what=f"weights {key!r}")
-        owner_id = self._new_id()
-        made = {name: Segment(nbytes, self._take(counts[name], owner_id)) for name, nbytes in segments.items()}
-        self.failures.pop(key, None)
-        self.weights[key] = weight_set = WeightSet(owner_id, key, made, manifest)
-        return weight_set
-
-    def load_ready(self, key: str) -> None:
-        self.weights[key].ready = True
-
-    def load_failed(self, key: str, reason: str) -> None:
-        """The helper has exited without having finished: the granules go back, the reason stays until the next try."""
-        self._free_weights(self.weights.pop(key))
-        self.failures[key] = reason
-
-    def attach_weights(self, key: str, client_id: int) -> WeightSet:
-        weight_set = self.weights.get(key)
-        if weight_set is None:
-            reason = self.failures.get(key)
-            detail = (
-                f"loading failed: {reason}" if reason else f"there are {', '.join(map(repr, self.weights)) or 'none'}"
-            )
-            raise NotFoundError(f"no weights {key!r}: {detail}")
-        if not weight_set.ready:
-            raise BusyError(f"weights {key!r} are still being loaded; load_weights waits for them")
-        weight_set.readers[client_id] = weight_set.readers.get(client_id, 0) + 1
-        return weight_set
-
-    def detach_weights(self, owner_id: int, client_id: int) -> None:
-        for weight_set in [*self.weights.values(), *self.dropped]:
-            if weight_set.owner_id == owner_id and client_id in weight_set.readers:
-                weight_set.readers[client_id] -= 1
-                if weight_set.readers[client_id] == 0:
-                    del weight_set.readers[client_id]
-                self._free_unread()
-                return
-        raise NotFoundError(f"this client has no mapping of weights number {owner_id}")
-
-    def drop_weights(self, key: str) -> None:
-        """The key is free at once; the granules are when the last reader lets go. The daemon ends a running load
-        first.
-        """
-        if self.failures.pop(key, None) is not None:
-            return
-        weight_set = self.weights.get(key)
-        if weight_set is None:
-            raise NotFoundError(f"no weights {key!r} to drop")
-        if not weight_set.ready:
-            raise BusyError(f"weights {key!r} are being loaded")
-        del self.weights[key]
-        weight_set.dropped = True
-        self.dropped.append(weight_set)
-        self._free_unread()
+    def begin_load(self, key: str, segments: Mapping[str, int], manifest: bytes) -> LoadRecord:
+        """Granules for new segments of a key. Raises BudgetError where too few are free."""
+        count = self.weights.num_granules_for(segments)
+        self._require_free(count, for_what=f"weights {key!r}")
+        return self.weights.begin_load(key, segments, manifest)
 
     # KV arenas
 
@@ -176,7 +112,7 @@ class Books:
             raise FencedError(
                 f"arena {name!r}: held or waited for with fencing token {newest} (holder pid {holder.pid}); only a larger token takes over"
             )
-        self._require_fits(geometry, arena)
+        self._fitting(name, geometry)
         self.tokens[name] = client.fencing_token
         displaced, arena.waiter = arena.waiter, Waiter(client_id, geometry, request)
         return None, displaced
@@ -215,6 +151,41 @@ class Books:
 
     # What a lease's holder does with its arena
 
+    def grow_arena(self, arena: Arena, count: int) -> tuple[Extent, ...]:
+        """So many granules more, which are returned. BudgetError where too few are free."""
+        if count < 1:
+            raise HbmError(f"arena {arena.name!r} cannot grow by {count} granules, at least 1 is expected")
+        self._require_free(count, for_what=f"growing KV arena {arena.name!r}")
+        added = self.ledger.take(count, arena.owner_id)
+        arena.extents = tuple(joined(sorted([*arena.extents, *added])))
+        arena.geometry = replace(arena.geometry, granules=arena.geometry.granules + count)
+        return added
+
+    def shrink_arena(self, arena: Arena, extents: Sequence[Extent]) -> None:
+        """Free again. NotFoundError for granules that are not the arena's, BusyError for those that a slot maps."""
+        given = sorted(extents)
+        if any(before.end > after.start for before, after in pairwise(given)):
+            raise HbmError(f"arena {arena.name!r}: granules are given back twice")
+        for extent in given:
+            if not self.ledger.belongs_to(extent, arena.owner_id):
+                raise NotFoundError(
+                    f"arena {arena.name!r}: granules {extent.start} to {extent.end - 1} do not all belong to it"
+                )
+        count = sum(extent.length for extent in given)
+        if not 1 <= count < arena.geometry.granules:
+            raise HbmError(
+                f"arena {arena.name!r} has {arena.geometry.granules} granules and cannot give {count} back: "
+                "at least one has to go, and one to stay"
+            )
+        ids = frozenset(ids_of(given))
+        for number, slot in enumerate(arena.table):
+            if not ids.isdisjoint(slot.granules):
+                mapped = next(granule for granule in slot.granules if granule in ids)
+                raise BusyError(f"arena {arena.name!r}: granule {mapped} is mapped in slot {number}; unmap it first")
+        arena.extents = without(arena.extents, given)
+        arena.geometry = replace(arena.geometry, granules=arena.geometry.granules - count)
+        self.ledger.give(given)
+
     def claim(self, arena: Arena, slot: int, request_id: str) -> None:
         self._slot(arena, slot).request_id = request_id
 
@@ -229,7 +200,7 @@ class Books:
                 f"arena {arena.name!r}, slot {slot}: granules [{first_granule}, {end}) cannot be mapped; "
                 f"{len(backed)} of {arena.geometry.slot_granules} are backed, and there can be no hole"
             )
-        owner_of, total = self.owner_of, self.pool.total
+        owner_of, total = self.ledger.owner_of, self.ledger.pool.total
         for granule in granules:
             if not 0 <= granule < total or owner_of[granule] != arena.owner_id:
                 raise ProtocolError(
@@ -243,14 +214,7 @@ class Books:
             raise ProtocolError(f"arena {arena.name!r}, slot {slot}: unmap from granule {first_granule}")
         del backed[first_granule:]
 
-    # Released granules and the proof
-
-    def take_released(self) -> list[Extent]:
-        """Granules that became free since the last call: their memory must be discarded before anyone is granted
-        them.
-        """
-        released, self._released = self._released, []
-        return released
+    # The proof
 
     def check(self) -> list[str]:
         """Proves owners, leases and mappings against each other; what is wrong, in words. Empty: the books are
@@ -260,56 +224,47 @@ class Books:
 
     # Private
 
-    def _new_id(self) -> int:
-        self._next_id += 1
-        return self._next_id
-
     def _require_free(self, count: int, *, for_what: str, reclaimed: int = 0) -> None:
-        free = self.pool.num_free + reclaimed
+        pool, size = self.ledger.pool, self.ledger.granule_bytes
+        free = pool.num_free + reclaimed
         if count <= free:
             return
-        size = self.granule_bytes
-        in_weights = sum(weight_set.num_granules for weight_set in self.weights.values())
         in_arenas = sum(arena.geometry.granules for arena in self.arenas.values())
-        in_dropped = sum(weight_set.num_granules for weight_set in self.dropped)
+        in_dropped = sum(extent.length for segment in self.weights.dropped.values() for extent in segment.extents)
+        in_weights = pool.total - pool.num_free - in_arenas - in_dropped
         raise BudgetError(
             f"no memory for {for_what}: {count * size} bytes ({count} granules of {size}) are needed, {free * size} are free. "
-            f"Of the budget of {self.pool.total * size} bytes weights hold {in_weights * size}, KV arenas {in_arenas * size}, "
+            f"Of the budget of {pool.total * size} bytes weights hold {in_weights * size}, KV arenas {in_arenas * size}, "
             f"dropped weights that are still mapped {in_dropped * size}. Raise the memory budget, ask for less, or drop something."
         )
 
-    def _require_fits(self, geometry: Geometry, arena: Arena | None) -> None:
+    def _fitting(self, name: str, geometry: Geometry) -> Geometry:
+        """The geometry with its number of granules. Raises where that is none, or where they do not fit."""
+        arena = self.arenas.get(name)
+        if geometry.granules == 0:
+            if arena is None:
+                raise NotFoundError(
+                    f"no arena {name!r} that would have a number of granules; say how many it is to get"
+                )
+            geometry = replace(geometry, granules=arena.geometry.granules)
         if min(geometry.slots, geometry.slot_granules, geometry.granules) <= 0:
             raise ProtocolError(f"{geometry}: every number must be at least 1")
         if arena is None or arena.geometry != geometry:
             reclaimed = arena.geometry.granules if arena is not None else 0
             self._require_free(geometry.granules, for_what="a KV arena", reclaimed=reclaimed)
-
-    def _take(self, count: int, owner_id: int) -> tuple[Extent, ...]:
-        extents = self.pool.take(count)
-        self._set_owner(extents, owner_id)
-        return extents
-
-    def _give(self, extents: Sequence[Extent]) -> None:
-        self.pool.give(extents)
-        self._set_owner(extents, 0)
-        self._released.extend(extents)
-
-    def _set_owner(self, extents: Sequence[Extent], owner_id: int) -> None:
-        for extent in extents:
-            self.owner_of[extent.start : extent.end] = array("q", [owner_id]) * extent.length
+        return geometry
 
     def _grant(self, client: Client, name: str, geometry: Geometry) -> Lease:
+        geometry = self._fitting(name, geometry)
         arena = self.arenas.get(name)
-        self._require_fits(geometry, arena)
         if arena is None or arena.geometry != geometry:
             if arena is not None:
                 self._free_arena(arena)
-            owner_id = self._new_id()
+            owner_id = self.ledger.new_id()
             table = [Slot() for _ in range(geometry.slots)]
-            arena = Arena(owner_id, name, geometry, self._take(geometry.granules, owner_id), table)
+            arena = Arena(owner_id, name, geometry, self.ledger.take(geometry.granules, owner_id), table)
             self.arenas[name] = arena
-        arena.lease = Lease(self._new_id(), client.client_id, client.fencing_token)
+        arena.lease = Lease(self.ledger.new_id(), client.client_id, client.fencing_token)
         self.leases[arena.lease.lease_id] = arena
         self.tokens[name] = client.fencing_token
         return arena.lease
@@ -325,17 +280,8 @@ class Books:
                 arena.waiter = None
 
     def _free_arena(self, arena: Arena) -> None:
-        self._give(arena.extents)
+        self.ledger.give(arena.extents)
         del self.arenas[arena.name]
-
-    def _free_weights(self, weight_set: WeightSet) -> None:
-        for segment in weight_set.segments.values():
-            self._give(segment.extents)
-
-    def _free_unread(self) -> None:
-        for weight_set in [weight_set for weight_set in self.dropped if not weight_set.readers]:
-            self.dropped.remove(weight_set)
-            self._free_weights(weight_set)
 
     def _slot(self, arena: Arena, slot: int) -> Slot:
         if not 0 <= slot < len(arena.table):

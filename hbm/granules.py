@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -57,16 +58,20 @@ class GranulePool:
                 break
         return tuple(sorted(taken))
 
-    def give(self, extents: Iterable[Extent]) -> None:
-        """Take granules back. Raises ValueError for ids outside the pool or already free, and changes nothing then."""
-        given = tuple(extents)
+    def give(self, extents: Iterable[Extent]) -> list[Extent]:
+        """Take granules back; returns them in as few runs as there are. Raises ValueError for ids outside the pool or
+        already free, and changes nothing then.
+        """
+        given = sorted(extents)
         for extent in given:
             self._require_used(extent)
-        for before, after in zip(sorted(given), sorted(given)[1:], strict=False):
+        for before, after in pairwise(given):
             if before.end > after.start:
                 raise ValueError(f"granules {after.start}..{before.end - 1} are given back twice")
-        for extent in given:
-            self._insert(extent)
+        runs = list(joined(given))
+        for run in runs:
+            self._insert(run)
+        return runs
 
     def check(self) -> list[str]:
         """What is wrong with the free list; empty when nothing is."""
@@ -133,3 +138,51 @@ def runs_of(granules: Sequence[int]) -> Iterator[tuple[int, Extent]]:
         if index == len(granules) or granules[index] != granules[index - 1] + 1:
             yield begin, Extent(granules[begin], index - begin)
             begin = index
+
+
+def joined(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """The same granules in the same order, neighbours that follow each other in one extent."""
+    start = end = -1
+    for extent in extents:
+        if extent.start == end:
+            end = extent.end
+            continue
+        if end > start:
+            yield Extent(start, end - start)
+        start, end = extent.start, extent.end
+    if end > start:
+        yield Extent(start, end - start)
+
+
+def split(extents: Sequence[Extent], counts: Sequence[int]) -> list[tuple[Extent, ...]]:
+    """Cut extents, in order, into parts of so many granules; together the parts are all of them."""
+    parts = []
+    index = used = 0
+    for count in counts:
+        part = []
+        while count:
+            extent = extents[index]
+            length = min(count, extent.length - used)
+            part.append(Extent(extent.start + used, length))
+            count -= length
+            used += length
+            if used == extent.length:
+                index, used = index + 1, 0
+        parts.append(tuple(part))
+    return parts
+
+
+def without(extents: Sequence[Extent], removed: Sequence[Extent]) -> tuple[Extent, ...]:
+    """Sorted extents less sorted extents that lie within them."""
+    rest = []
+    index = 0
+    for extent in extents:
+        start = extent.start
+        while index < len(removed) and removed[index].start < extent.end:
+            if start < removed[index].start:
+                rest.append(Extent(start, removed[index].start - start))
+            start = removed[index].end
+            index += 1
+        if start < extent.end:
+            rest.append(Extent(start, extent.end - start))
+    return tuple(rest)

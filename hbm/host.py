@@ -24,8 +24,10 @@ GRANULE_BYTES = 64 * 1024
 
 PROT_READ, PROT_WRITE = 0x1, 0x2
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
+MAP_POPULATE = 0x8000
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _FALLOC_PUNCH_HOLE = 0x02 | 0x01  # with FALLOC_FL_KEEP_SIZE
+_POPULATED = MAP_SHARED | MAP_FIXED | MAP_POPULATE
 _ZEROS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
 
 _MMAP_ARGUMENTS = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
@@ -88,11 +90,15 @@ class HostBackend:
             raise _failed(f"reserving {nbytes} bytes of address space")
         return Range(address, nbytes)
 
-    def map(self, target: Range, offset_bytes: int, pool: Pool, extent: Extent) -> None:
+    def map(self, target: Range, offset_bytes: int, pool: Pool, extent: Extent, *, populate: bool = False) -> None:
         assert isinstance(pool, HostPool)
-        nbytes = extent.length * GRANULE_BYTES
+        nbytes, offset = extent.length * GRANULE_BYTES, extent.start * GRANULE_BYTES
         self._require_inside(target, offset_bytes, nbytes)
-        map_fixed(target.address + offset_bytes, nbytes, pool.protection, pool.descriptor, extent.start * GRANULE_BYTES)
+        address = target.address + offset_bytes
+        if not populate:
+            map_fixed(address, nbytes, pool.protection, pool.descriptor, offset)
+        elif _slow.mmap(address, nbytes, pool.protection, _POPULATED, pool.descriptor, offset) != address:
+            raise _failed(f"mapping {nbytes} bytes")
 
     def unmap(self, target: Range, offset_bytes: int, nbytes: int) -> None:
         self._require_inside(target, offset_bytes, nbytes)

@@ -21,6 +21,7 @@ from dataclasses import replace
 import msgspec
 
 from flexpert.hbm import wire
+from flexpert.hbm.backend import map_back_to_back
 from flexpert.hbm.errors import HbmError, LoadError
 from flexpert.hbm.granules import Extent
 from flexpert.hbm.host import HostBackend, memory_at
@@ -29,6 +30,10 @@ from flexpert.hbm.messages import Done, ErrorReply, LoaderTask, Progress
 
 CHUNK_BYTES = 8 << 20
 REPORT_INTERVAL_S = 0.05
+EXPORTED = "/proc/"  # paths of `HbmClient.export_segments` in another process
+_PEER_GONE = (
+    "the process that exported it, or its HBM manager, has ended or let go of it. Load these segments from elsewhere"
+)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -54,14 +59,19 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _load(task: LoaderTask, pool_fd: int, channel: socket.socket) -> None:
-    copies = [Copy(*msgspec.structs.astuple(record)) for record in task.copies]
+    wanted = task.segments
+    copies = [Copy(*msgspec.structs.astuple(record)) for record in task.copies if record.segment in wanted]
     plan = LoadPlan({name: nbytes for name, (nbytes, _extents) in task.segments.items()}, copies)
     check_plan(plan)
     total_bytes = plan.total_bytes()
     channel.sendall(wire.encode(Progress(0, 0, total_bytes)))
-    reading = Reading(open_files(copies), _map_segments(task, pool_fd), copies)
+    files = open_files(copies)
+    reading = Reading(files, _map_segments(task, pool_fd), copies)
     for done_bytes in reading.run():
         channel.sendall(wire.encode(Progress(0, done_bytes, total_bytes)))
+    for file, descriptor in files.items():
+        if file.startswith(EXPORTED):
+            require_still_exported(file, descriptor)
 
 
 def open_files(copies: Sequence[Copy]) -> dict[str, int]:
@@ -77,12 +87,26 @@ def open_files(copies: Sequence[Copy]) -> dict[str, int]:
             files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             found_bytes = os.fstat(files[file]).st_size
         except OSError as error:
+            if file.startswith(EXPORTED):
+                raise LoadError(f"{file} cannot be read ({error.strerror}): {_PEER_GONE}") from error
             raise LoadError(
                 f"checkpoint file {file}: {error.strerror}; expected a file of at least {expected_bytes} bytes"
             ) from error
         if found_bytes < expected_bytes:
             raise too_short(file, found_bytes, expected_bytes)
     return files
+
+
+def require_still_exported(file: str, descriptor: int) -> None:
+    """A peer's bytes are held in place for as long as its export is open. LoadError where it no longer is: what was
+    read may have been something else by then.
+    """
+    try:
+        held = os.path.samestat(os.stat(file), os.fstat(descriptor))
+    except OSError:
+        held = False
+    if not held:
+        raise LoadError(f"{file} was withdrawn while it was read: {_PEER_GONE}")
 
 
 def too_short(file: str, found_bytes: int, expected_bytes: int) -> LoadError:
@@ -154,6 +178,9 @@ def _in_chunks(copies: Sequence[Copy]) -> Iterator[Copy]:
     for copy in copies:
         source_item, item = ITEM_BYTES[copy.source_dtype], ITEM_BYTES[copy.dtype]
         step = CHUNK_BYTES // source_item
+        if copy.num_elements <= step:
+            yield copy
+            continue
         for first in range(0, copy.num_elements, step):
             yield replace(
                 copy,
@@ -172,15 +199,12 @@ def _convert(source: memoryview, source_dtype: str, target: memoryview, dtype: s
 def _map_segments(task: LoaderTask, pool_fd: int) -> dict[str, memoryview]:
     backend = HostBackend()
     pool = backend.import_(pool_fd, writable=True)
+    all_extents = [Extent(start, count) for _nbytes, extents in task.segments.values() for start, count in extents]
+    address = map_back_to_back(backend, pool, all_extents).address
     segments = {}
     for name, (nbytes, extents) in task.segments.items():
-        size = backend.granule_bytes
-        target = backend.reserve(sum(count for _start, count in extents) * size)
-        offset = 0
-        for start, count in extents:
-            backend.map(target, offset, pool, Extent(start, count))
-            offset += count * size
-        segments[name] = memory_at(target.address, nbytes, writable=True)
+        segments[name] = memory_at(address, nbytes, writable=True)
+        address += sum(count for _start, count in extents) * backend.granule_bytes
     return segments
 
 

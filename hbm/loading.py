@@ -62,9 +62,26 @@ class LoadPlan:
         return sum(copy.source_bytes for copy in self.copies)
 
 
+def peer_plan(path: str, extents: Mapping[str, Sequence[tuple[int, int]]], manifest: bytes = b"") -> LoadPlan:
+    """Segments as another manager has them, byte for byte: from what `HbmClient.export_segments` gave there (`path`,
+    `extents`: name -> [(file offset, bytes)]). For `load_segments` here.
+    """
+    copies = []
+    for name, parts in extents.items():
+        offset = 0
+        for file_offset, nbytes in parts:
+            copies.append(Copy(path, file_offset, nbytes, "U8", name, offset, "U8"))
+            offset += nbytes
+    segments = {name: sum(nbytes for _offset, nbytes in parts) for name, parts in extents.items()}
+    return LoadPlan(segments, copies, manifest)
+
+
 def with_absolute_paths(plan: LoadPlan) -> LoadPlan:
     """The helper process runs elsewhere: relative files are meant relative to the caller."""
-    return replace(plan, copies=[replace(copy, file=os.path.abspath(copy.file)) for copy in plan.copies])
+    absolute = {file: os.path.abspath(file) for file in {copy.file for copy in plan.copies}}
+    if all(file == path for file, path in absolute.items()):
+        return plan
+    return replace(plan, copies=[replace(copy, file=absolute[copy.file]) for copy in plan.copies])
 
 
 def check_plan(plan: LoadPlan) -> None:

@@ -2,7 +2,7 @@
 
 The helper maps the new granules writable; they count as loaded only after its exit, so nobody else has a writable
 mapping then. A helper that is killed or crashes is a failed load with a reason, never a failed manager. Called by
-`manager.Manager`.
+`weight_desk.WeightDesk`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from flexpert.hbm import wire
 from flexpert.hbm.backend import Pool
 from flexpert.hbm.errors import ProtocolError
 from flexpert.hbm.loop import READ, EventLoop
-from flexpert.hbm.messages import Done, ErrorReply, LoaderMessage, Progress
-from flexpert.hbm.records import WeightSet
+from flexpert.hbm.messages import Done, ErrorReply, LoaderMessage, LoadSegments, Progress
+from flexpert.hbm.records import LoadRecord
 
 _READS_A_TURN = 16
 
@@ -36,7 +36,7 @@ class Load:
         self,
         loop: EventLoop,
         pool: Pool,
-        weight_set: WeightSet,
+        record: LoadRecord,
         copies: bytes,
         *,
         on_progress: Callable[[], None],
@@ -44,7 +44,7 @@ class Load:
     ) -> None:
         """Starts the helper; raises OSError where no process can be started."""
         self.done_bytes = self.total_bytes = 0
-        self.waiters: list[tuple[int, int]] = []  # (client id, request)
+        self.waiters: list[tuple[int, LoadSegments]] = []  # (client id, its question)
         self._loop, self._on_progress, self._on_end = loop, on_progress, on_end
         self._reader = wire.loader_messages()
         self._finished = False
@@ -52,7 +52,7 @@ class Load:
         self._channel, theirs = socket.socketpair()
         self._channel.setblocking(False)
         pool_fd = pool.export(writable=True)
-        task_fd = _memfd_with(_task(weight_set, copies))
+        task_fd = _memfd_with(_task(record, copies))
         passed = (pool_fd, task_fd, theirs.fileno())
         try:
             command = [sys.executable, "-P", "-m", "flexpert.hbm.loader", *map(str, passed)]
@@ -129,12 +129,12 @@ class Load:
             how = f"was killed by signal {-code} ({signal.Signals(-code).name})"
             if code in (-signal.SIGKILL, -signal.SIGBUS):
                 how += "; the machine or the control group may be out of memory"
-        return f"the loader helper {how} after {self.done_bytes} of {self.total_bytes} bytes; load_weights can be called again"
+        return f"the loader helper {how} after {self.done_bytes} of {self.total_bytes} bytes; the load can be repeated"
 
 
-def _task(weight_set: WeightSet, copies: bytes) -> bytes:
+def _task(record: LoadRecord, copies: bytes) -> bytes:
     """`messages.LoaderTask`, with the copies as they came."""
-    segments = {name: (segment.nbytes, segment.extents) for name, segment in weight_set.segments.items()}
+    segments = {name: (segment.nbytes, segment.extents) for name, segment in record.segments.items()}
     return msgspec.msgpack.encode((segments, msgspec.Raw(copies)))
 
 

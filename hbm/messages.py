@@ -9,7 +9,7 @@ when it is refused.
     client                                            manager
     Hello                                   ────>     Welcome | ErrorReply, then the socket closes
     Info, Check, WeightsState, ...          ────>     the answer named in the docstring, or ErrorReply
-    LoadWeights                             ────>     Progress*, then Done | ErrorReply
+    LoadSegments                            ────>     Progress*, then Done | ErrorReply
     Apply                                   ────>     nothing | ErrorReply(request=0, lease)
 
     loader helper                                     manager
@@ -24,7 +24,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_SLOTS = 1 << 16
 
 Index = Annotated[int, Meta(ge=0, le=1 << 53)]
@@ -65,8 +65,17 @@ class GetWeightsState(_Message, tag="weights_state"):
     key: Name
 
 
-class LoadWeights(_Message, tag="load"):
-    """Answer: Progress*, then Done. `copies` is passed on to the loader helper unread."""
+class GetSegments(_Message, tag="segments"):
+    """Answer: SegmentsReply."""
+
+    request: Index
+    key: Name
+
+
+class LoadSegments(_Message, tag="load"):
+    """Add to a key the segments that it does not have. Answer: Progress*, then Done when it has all of them. `copies`
+    is passed on to the loader helper unread, which carries out those for the segments that are new.
+    """
 
     request: Index
     key: Name
@@ -75,35 +84,57 @@ class LoadWeights(_Message, tag="load"):
     copies: msgspec.Raw
 
 
-class MapWeights(_Message, tag="map_weights"):
-    """Answer: MappedWeightsReply with a read-only descriptor of the pool."""
+class PinSegments(_Message, tag="pin"):
+    """These segments are going to be read: mapped, or exported to another process. names None: all of the key. Answer:
+    PinnedReply with a read-only descriptor of the pool.
+    """
 
     request: Index
     key: Name
+    names: list[Name] | None = None
 
 
-class ReleaseWeights(_Message, tag="release_weights"):
+class ReleasePin(_Message, tag="unpin"):
     """The client has unmapped them. Answer: Done."""
 
     request: Index
-    owner_id: Index
+    pin_id: Index
 
 
-class DropWeights(_Message, tag="drop_weights"):
-    """Answer: Done."""
+class DropSegments(_Message, tag="drop"):
+    """names None: all of the key. Answer: Done."""
 
     request: Index
     key: Name
+    names: list[Name] | None = None
 
 
 class OpenArena(_Message, tag="open_arena"):
-    """Answer: ArenaReply with two descriptors: the pool's and the committed table's."""
+    """granules 0: as many as the arena has. Answer: ArenaReply with two descriptors: the pool's and the committed
+    table's.
+    """
 
     request: Index
     name: Name
     slots: Annotated[int, Meta(ge=0, le=MAX_SLOTS)]
     slot_granules: Index
     granules: Index
+
+
+class GrowArena(_Message, tag="grow"):
+    """Answer: GrownReply."""
+
+    request: Index
+    lease_id: Index
+    granules: Index
+
+
+class ShrinkArena(_Message, tag="shrink"):
+    """Everything that was sent before it counts: no slot may map these granules. Answer: Done."""
+
+    request: Index
+    lease_id: Index
+    extents: list[tuple[Index, Index]]
 
 
 class ReleaseArena(_Message, tag="release_arena"):
@@ -187,9 +218,18 @@ class WeightsStateReply(_Message, tag="weights_state_reply"):
     reason: str = ""
 
 
-class MappedWeightsReply(_Message, tag="mapped"):
+class SegmentsReply(_Message, tag="segments_reply"):
+    """Ready segments and their bytes."""
+
     request: Index
-    owner_id: Index
+    segments: dict[str, int]
+
+
+class PinnedReply(_Message, tag="pinned"):
+    """Segments in the order asked for: bytes, and where they lie."""
+
+    request: Index
+    pin_id: Index
     segments: Mapping[str, tuple[int, Extents]]
     manifest: bytes
 
@@ -203,13 +243,22 @@ class ArenaReply(_Message, tag="arena"):
     table: list[tuple[str, list[int]]]
 
 
+class GrownReply(_Message, tag="grown"):
+    request: Index
+    lease_id: Index
+    extents: Extents
+
+
 class WeightsInfo(_Message):
-    """state as in WeightsStateReply, or "dropped": no longer under its key, still mapped by someone."""
+    """state as in WeightsStateReply ("loading": some of it), or "dropped": no longer under the key, still read, or
+    written, by someone. segments: names and bytes, those that are being loaded too. readers: pids.
+    """
 
     key: str
     state: str
     nbytes: int
     readers: list[int]
+    segments: dict[str, int] = {}
 
 
 class ArenaInfo(_Message):
@@ -246,18 +295,31 @@ ClientMessage = (
     | GetInfo
     | GetCheck
     | GetWeightsState
-    | LoadWeights
-    | MapWeights
-    | ReleaseWeights
-    | DropWeights
+    | GetSegments
+    | LoadSegments
+    | PinSegments
+    | ReleasePin
+    | DropSegments
     | OpenArena
+    | GrowArena
+    | ShrinkArena
     | ReleaseArena
     | DropArena
     | Apply
     | Flush
 )
 ManagerMessage = (
-    Welcome | Done | ErrorReply | Progress | WeightsStateReply | MappedWeightsReply | ArenaReply | Info | Findings
+    Welcome
+    | Done
+    | ErrorReply
+    | Progress
+    | WeightsStateReply
+    | SegmentsReply
+    | PinnedReply
+    | ArenaReply
+    | GrownReply
+    | Info
+    | Findings
 )
 LoaderMessage = Progress | Done | ErrorReply
 
@@ -278,5 +340,7 @@ class CopyRecord(_Message):
 
 
 class LoaderTask(_Message):
+    """Copies for other segments than these are left out."""
+
     segments: Mapping[str, tuple[int, Extents]]
     copies: list[CopyRecord]

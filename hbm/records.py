@@ -16,31 +16,54 @@ class Client:
     connected: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Segment:
+    """Bytes of a key under a name. load_id: the load that fills it, 0 once it is ready. num_pins: how many pins hold
+    it. `dropped`: no longer under its name, kept until the last pin, or the loader helper, lets go.
+    """
+
+    owner_id: int
+    key: str
+    name: str
     nbytes: int
     extents: tuple[Extent, ...]
+    load_id: int = 0
+    num_pins: int = 0
+    dropped: bool = False
 
 
 @dataclass(slots=True)
 class WeightSet:
-    """Weights under a key. `dropped`: no longer under its key, kept until its last reader lets go."""
+    """All segments under a key, ready or being loaded, and the manifest of the load that made the key."""
 
-    owner_id: int
+    key: str
+    manifest: bytes
+    segments: dict[str, Segment] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class LoadRecord:
+    """Segments that one loader helper fills. `abandoned`: dropped before it was done."""
+
+    load_id: int
     key: str
     segments: dict[str, Segment]
-    manifest: bytes
-    ready: bool = False
-    dropped: bool = False
-    readers: dict[int, int] = field(default_factory=dict)  # client id -> how many times it has mapped the set
+    abandoned: bool = False
 
-    @property
-    def num_granules(self) -> int:
-        return sum(extent.length for segment in self.segments.values() for extent in segment.extents)
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A reader's hold on segments: from its mapping of them until it has unmapped them or exited."""
+
+    pin_id: int
+    client_id: int
+    segments: tuple[Segment, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
+    """granules: of an arena, how many it has; of a question for one, 0 means as many as it has."""
+
     slots: int
     slot_granules: int
     granules: int
@@ -78,6 +101,8 @@ class Waiter:
 
 @dataclass(slots=True)
 class Arena:
+    """extents: sorted, no two of them touch; they change as the arena grows and shrinks."""
+
     owner_id: int
     name: str
     geometry: Geometry

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Server:
-    """Implements `manager.Peers`. `listener` is bound and listening."""
+    """Implements `peers.Peers`. `listener` is bound and listening."""
 
     def __init__(
         self, loop: EventLoop, backend: Backend, listener: socket.socket, *, num_granules: int, max_descriptors: int

@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from flexpert.hbm.books import Books
-from flexpert.hbm.errors import BudgetError, BusyError, FencedError, HbmError, NotFoundError, ProtocolError
+from flexpert.hbm.errors import BudgetError, BusyError, FencedError, HbmError, LoadError, NotFoundError, ProtocolError
 from flexpert.hbm.granules import Extent, ids_of
-from flexpert.hbm.records import Arena, Client, Geometry, Lease, WeightSet
+from flexpert.hbm.records import Arena, Client, Geometry, Lease
 
 GRANULE_BYTES = 100
 NUM_GRANULES = 24
 GEOMETRIES = [Geometry(2, 4, 4), Geometry(3, 5, 10), Geometry(1, 30, 20)]
+AS_IT_IS = Geometry(2, 4, 0)  # with as many granules as the arena has
+SIZES = [1, 100, 250, 301, 700, 1100]
+OUTCOMES = st.sampled_from("rrrfl")
 
 
 def books_with(*tokens: int) -> Books:
@@ -33,6 +36,10 @@ def leased(books: Books, client_id: int, geometry: Geometry = GEOMETRIES[0]) -> 
     lease, _ = books.open_arena(client_id, "kv", geometry, request=1)
     assert lease is not None
     return lease
+
+
+def loaded(books: Books, segments: dict[str, int]) -> None:
+    books.weights.load_ready(books.begin_load("w", segments, b"").load_id)
 
 
 def test_an_older_token_is_refused_for_ever() -> None:
@@ -99,7 +106,7 @@ def test_another_geometry_makes_the_arena_anew() -> None:
     books.client_exited(1)
     leased(books, 2, GEOMETRIES[1])
     assert all(slot.request_id == "" for slot in books.arenas["kv"].table)
-    assert books.take_released() == [Extent(0, 4)]
+    assert books.ledger.take_released() == [Extent(0, 4)]
     assert books.check() == []
 
 
@@ -153,38 +160,37 @@ def test_a_lease_is_of_no_use_to_another_client() -> None:
 
 def test_dropped_weights_keep_their_granules_until_the_last_reader_goes() -> None:
     books = books_with(0, 0)
-    books.begin_load("w", {"a": 250, "b": 1}, b"")
-    books.load_ready("w")
-    books.attach_weights("w", 1)
-    books.attach_weights("w", 2)
-    books.drop_weights("w")
+    loaded(books, {"a": 250, "b": 1})
+    books.weights.pin("w", None, 1)
+    books.weights.pin("w", ["b"], 2)
+    assert books.weights.drop("w") == []
     with pytest.raises(NotFoundError):
-        books.attach_weights("w", 2)
+        books.weights.pin("w", None, 2)
     books.client_exited(1)
-    assert books.pool.num_free == NUM_GRANULES - 4
+    assert books.ledger.pool.num_free == NUM_GRANULES - 1
     books.client_exited(2)
-    assert books.pool.num_free == NUM_GRANULES
+    assert books.ledger.pool.num_free == NUM_GRANULES
 
 
 def test_a_reader_that_mapped_twice_has_to_let_go_twice() -> None:
     books = books_with(0)
-    owner_id = books.begin_load("w", {"a": 1}, b"").owner_id
-    books.load_ready("w")
-    books.attach_weights("w", 1)
-    books.attach_weights("w", 1)
-    books.drop_weights("w")
-    books.detach_weights(owner_id, 1)
-    assert books.pool.num_free == NUM_GRANULES - 1
-    books.detach_weights(owner_id, 1)
-    assert books.pool.num_free == NUM_GRANULES
+    loaded(books, {"a": 1})
+    pins = [books.weights.pin("w", None, 1)[0] for _ in range(2)]
+    books.weights.drop("w")
+    books.weights.unpin(pins[0].pin_id, 1)
+    assert books.ledger.pool.num_free == NUM_GRANULES - 1
+    with pytest.raises(NotFoundError, match="no mapping"):
+        books.weights.unpin(pins[0].pin_id, 1)
+    books.weights.unpin(pins[1].pin_id, 1)
+    assert books.ledger.pool.num_free == NUM_GRANULES
     assert books.check() == []
 
 
 def test_the_audit_sees_a_granule_with_two_owners() -> None:
     books = books_with(1)
     leased(books, 1)
-    books.begin_load("w", {"a": 100}, b"")
-    books.weights["w"].segments["a"] = books.weights["w"].segments["a"].__class__(100, (Extent(0, 1),))
+    loaded(books, {"a": 100})
+    books.weights.sets["w"].segments["a"].extents = (Extent(0, 1),)
     assert any("another owner" in finding for finding in books.check())
 
 
@@ -206,7 +212,8 @@ class AnyHistory(RuleBasedStateMachine):
         self.books = Books(num_granules=NUM_GRANULES, granule_bytes=GRANULE_BYTES)
         self.alive: set[int] = set()
         self.writes: dict[int, tuple[int, frozenset[int], int]] = {}  # lease id -> client, granules, owner id
-        self.reads: list[tuple[int, frozenset[int], int]] = []
+        self.reads: list[tuple[int, dict[int, int], int]] = []  # client, granule -> owner id, pin id
+        self.fills: dict[int, dict[int, int]] = {}  # load id -> granule -> owner id: what its helper can write
         self.next_client = 0
 
     clients = st.integers(1, 6)
@@ -261,44 +268,68 @@ class AnyHistory(RuleBasedStateMachine):
     def note(self, arena: Arena, lease: Lease) -> None:
         self.writes[lease.lease_id] = (lease.client_id, frozenset(ids_of(arena.extents)), arena.owner_id)
 
-    @rule(key=keys, sizes=st.lists(st.integers(1, 700), min_size=1, max_size=3), outcome=st.sampled_from("rrrfl"))
-    def load(self, key: str, sizes: list[int], outcome: str) -> None:
-        with contextlib.suppress(BudgetError, BusyError):
-            self.books.begin_load(key, {str(i): size for i, size in enumerate(sizes)}, b"")
-            self.load_ends(key, outcome)
+    @rule(key=keys, wanted=st.dictionaries(st.sampled_from("abcd"), st.integers(1, 5), min_size=1), outcome=OUTCOMES)
+    def load(self, key: str, wanted: dict[str, int], outcome: str) -> None:
+        before = self.books.weights.ready_segments(key)
+        sizes = {name: SIZES[number] for name, number in wanted.items()}
+        with contextlib.suppress(BudgetError, LoadError):
+            missing, _ = self.books.weights.outstanding(key, sizes)
+            if missing:
+                load = self.books.begin_load(key, missing, b"")
+                granules = frozenset(g for segment in load.segments.values() for g in ids_of(segment.extents))
+                self.fills[load.load_id] = {g: self.books.ledger.owner_of[g] for g in granules}
+                self.load_ends(load.load_id, outcome)
+                if outcome == "r":
+                    assert self.books.weights.ready_segments(key) == before | missing
+                    return
+        assert self.books.weights.ready_segments(key) == before
 
-    @rule(key=keys, outcome=st.sampled_from("rf"))
-    def load_ends(self, key: str, outcome: str) -> None:
-        """r: ready, f: failed, l: not yet."""
-        weight_set = self.books.weights.get(key)
-        if weight_set is not None and not weight_set.ready:
-            if outcome == "r":
-                self.books.load_ready(key)
-            elif outcome == "f":
-                self.books.load_failed(key, "why not")
+    @precondition(lambda self: self.fills)
+    @rule(number=clients, outcome=st.sampled_from("rf"))
+    def a_load_ends(self, number: int, outcome: str) -> None:
+        self.load_ends(sorted(self.fills)[number % len(self.fills)], outcome)
 
-    @rule(key=keys, number=clients)
-    def attach(self, key: str, number: int) -> None:
+    def load_ends(self, load_id: int, outcome: str) -> None:
+        """r: ready, f: failed, l: not yet. One that was abandoned can only fail."""
+        if outcome == "l":
+            return
+        del self.fills[load_id]
+        if outcome == "r" and not self.books.weights.loads[load_id].abandoned:
+            self.books.weights.load_ready(load_id)
+        else:
+            self.books.weights.load_failed(load_id, "why not")
+
+    @rule(key=keys, number=clients, names=st.none() | st.lists(st.sampled_from("abcd"), max_size=3))
+    def pin(self, key: str, number: int, names: list[str] | None) -> None:
         client = self.pick(number)
         if client is not None:
-            with contextlib.suppress(NotFoundError, BusyError):
-                weight_set = self.books.attach_weights(key, client)
-                self.reads.append((client, granules_of(weight_set), weight_set.owner_id))
+            with contextlib.suppress(NotFoundError, BusyError, HbmError):
+                pin, _ = self.books.weights.pin(key, names, client)
+                assert names is None or [segment.name for segment in pin.segments] == names
+                owners = {g: segment.owner_id for segment in pin.segments for g in ids_of(segment.extents)}
+                self.reads.append((client, owners, pin.pin_id))
 
     @precondition(lambda self: self.reads)
     @rule(number=clients)
-    def detach(self, number: int) -> None:
+    def unpin(self, number: int) -> None:
         read = self.reads[number % len(self.reads)]
         if self.books.clients[read[0]].connected:
-            self.books.detach_weights(read[2], read[0])
+            self.books.weights.unpin(read[2], read[0])
             self.reads.remove(read)
 
-    @rule(key=keys)
-    def drop_weights(self, key: str) -> None:
-        with contextlib.suppress(NotFoundError, BusyError):
-            self.books.drop_weights(key)
+    @rule(key=keys, names=st.none() | st.lists(st.sampled_from("abcd"), max_size=3))
+    def drop(self, key: str, names: list[str] | None) -> None:
+        before = self.books.weights.ready_segments(key)
+        try:
+            abandoned = self.books.weights.drop(key, names)
+        except HbmError:
+            assert self.books.weights.ready_segments(key) == before
+            return
+        assert set(abandoned) <= set(self.fills)
+        left = {name: size for name, size in before.items() if names is not None and name not in names}
+        assert self.books.weights.ready_segments(key) == left
 
-    @rule(name=names, number=clients, geometry=st.sampled_from(GEOMETRIES))
+    @rule(name=names, number=clients, geometry=st.sampled_from([*GEOMETRIES, AS_IT_IS]))
     def open_arena(self, name: str, number: int, geometry: Geometry) -> None:
         client = self.pick(number)
         if client is None:
@@ -306,7 +337,7 @@ class AnyHistory(RuleBasedStateMachine):
         seen = self.books.tokens.get(name, 0)
         try:
             lease, _ = self.books.open_arena(client, name, geometry, request=1)
-        except (FencedError, BusyError, BudgetError):
+        except (FencedError, BusyError, BudgetError, NotFoundError):
             return
         assert self.books.clients[client].fencing_token >= seen
         if lease is not None:
@@ -327,6 +358,30 @@ class AnyHistory(RuleBasedStateMachine):
     def drop_arena(self, name: str) -> None:
         with contextlib.suppress(NotFoundError, BusyError):
             self.books.drop_arena(name)
+
+    @precondition(lambda self: self.writes)
+    @rule(number=clients, count=st.integers(-1, 6))
+    def grow(self, number: int, count: int) -> None:
+        lease_id = sorted(self.writes)[number % len(self.writes)]
+        client, granules, owner_id = self.writes[lease_id]
+        with contextlib.suppress(HbmError):
+            added = set(ids_of(self.books.grow_arena(self.books.arena_of(lease_id, client), count)))
+            assert len(added) == count and added.isdisjoint(granules)
+            self.writes[lease_id] = (client, granules | added, owner_id)
+
+    @precondition(lambda self: self.writes)
+    @rule(number=clients, ids=st.lists(st.integers(-1, 25), max_size=4), own=st.booleans())
+    def shrink(self, number: int, ids: list[int], own: bool) -> None:
+        lease_id = sorted(self.writes)[number % len(self.writes)]
+        client, granules, owner_id = self.writes[lease_id]
+        arena = self.books.arena_of(lease_id, client)
+        if own:
+            ids = list({sorted(granules)[index % len(granules)] for index in ids})
+        mapped = {granule for slot in arena.table for granule in slot.granules}
+        with contextlib.suppress(HbmError):
+            self.books.shrink_arena(arena, [Extent(granule, 1) for granule in ids])
+            assert set(ids) <= granules and mapped.isdisjoint(ids) and len(set(ids)) == len(ids)
+            self.writes[lease_id] = (client, granules - set(ids), owner_id)
 
     @precondition(lambda self: self.writes)
     @rule(
@@ -357,15 +412,13 @@ class AnyHistory(RuleBasedStateMachine):
 
     @invariant()
     def nothing_within_reach_is_reassigned(self) -> None:
-        owner_of = self.books.owner_of
-        for _client, granules, owner_id in [*self.writes.values(), *self.reads]:
+        owner_of = self.books.ledger.owner_of
+        for _client, granules, owner_id in self.writes.values():
             assert {owner_of[granule] for granule in granules} == {owner_id}
+        for owners in [*(owners for _client, owners, _pin in self.reads), *self.fills.values()]:
+            assert {granule: owner_of[granule] for granule in owners} == owners
         writers = [(granules, owner_id) for _client, granules, owner_id in self.writes.values()]
         assert len({owner_id for _, owner_id in writers}) == len(writers), "two writers of one arena"
-
-
-def granules_of(weight_set: WeightSet) -> frozenset[int]:
-    return frozenset(granule for segment in weight_set.segments.values() for granule in ids_of(segment.extents))
 
 
 TestAnyHistory = AnyHistory.TestCase

@@ -86,7 +86,7 @@ def test_granules_are_zero_the_moment_they_are_handed_on(listener: socket.socket
             manager.handle(1, messages.OpenArena(4, "other", 1, 8, 8))
         else:
             no_copies = msgspec.Raw(msgspec.msgpack.encode([]))
-            manager.handle(1, messages.LoadWeights(4, "w", {"s": nbytes}, b"", no_copies))
+            manager.handle(1, messages.LoadSegments(4, "w", {"s": nbytes}, b"", no_copies))
         assert memory[:].count(0) == nbytes
     os.close(descriptor)
     server.close()

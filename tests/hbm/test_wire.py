@@ -29,7 +29,7 @@ def test_a_stream_cut_anywhere_gives_the_same_messages(texts: list[bytes], cuts:
 
 def test_a_message_that_is_too_large_is_not_sent() -> None:
     with pytest.raises(ProtocolError, match="cannot be sent"):
-        wire.encode(messages.MappedWeightsReply(1, 1, {}, bytes(wire.MAX_FRAME_BYTES)))
+        wire.encode(messages.PinnedReply(1, 1, {}, bytes(wire.MAX_FRAME_BYTES)))
 
 
 def test_descriptors_arrive_in_the_order_of_their_messages() -> None:
