@@ -13,7 +13,7 @@ from typing import Protocol
 
 from flexpert.controller.gateway.config import WorkerAddress
 from flexpert.workers.framing import FrameError, open_stream, worker_frames
-from flexpert.workers.messages import Failed, GatewayFrame, Hello, Refused, Stats, StepOutput, Welcome
+from flexpert.workers.messages import Failed, GatewayFrame, Hello, Refused, Released, Stats, StepOutput, Welcome
 
 log = logging.getLogger("flexpert.gateway")
 
@@ -33,6 +33,8 @@ class LinkEvents(Protocol):
     def on_step(self, link: WorkerLink, frame: StepOutput) -> None: ...
 
     def on_failed(self, link: WorkerLink, frame: Failed) -> None: ...
+
+    def on_released(self, link: WorkerLink, frame: Released) -> None: ...
 
     def on_down(self, link: WorkerLink) -> None:
         """The stream is closed; everything that was sent on it is lost."""
@@ -126,6 +128,8 @@ class WorkerLink:
             self.stats = frame
         elif isinstance(frame, Failed):
             self._events.on_failed(self, frame)
+        elif isinstance(frame, Released):
+            self._events.on_released(self, frame)
         else:
             raise FrameError(f"{type(frame).__name__} after the greeting")
 

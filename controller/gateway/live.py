@@ -37,8 +37,8 @@ class LiveChoice:
     """One choice of one request, from its arrival to its last token. `worker_id` None: it waits for a worker."""
 
     __slots__ = (
-        "choice_index", "emitted_token_ids", "has_prompt_logprobs", "lost_workers", "params", "prompt_token_ids",
-        "request_id", "sequence", "sink", "worker_id",
+        "avoided_worker_ids", "choice_index", "emitted_token_ids", "has_prompt_logprobs", "lost_workers", "params", "prompt_token_ids",
+        "request_id", "sequence", "sink", "target_worker_id", "worker_id",
     )  # fmt: skip
 
     def __init__(
@@ -59,6 +59,8 @@ class LiveChoice:
         self.has_prompt_logprobs = False
         self.lost_workers = 0  # since the last new token
         self.worker_id: str | None = None
+        self.target_worker_id = ""  # who has its KV: it goes there first
+        self.avoided_worker_ids: frozenset[str] = frozenset()  # gave it away, and have not been named as serving since
         self.sequence = 0
 
     def submit_frame(self) -> Submit:
@@ -132,17 +134,29 @@ class LiveTable:
 
     def assign(self, choice: LiveChoice, worker_id: str) -> None:
         self._waiting.remove(choice)
-        choice.worker_id = worker_id
+        choice.worker_id, choice.target_worker_id = worker_id, ""
         self._of_worker.setdefault(worker_id, {})[choice.request_id] = choice
 
-    def take_back(self, worker_id: str) -> list[LiveChoice]:
-        """The worker is gone: its choices wait again, in the places that their arrival gives them."""
+    def take_back(self, worker_id: str, *, died: bool = True) -> list[LiveChoice]:
+        """The worker is gone: its choices wait again, in the places that their arrival gives them. died: it counts against them."""
         lost = list(self._of_worker.pop(worker_id, {}).values())
         for choice in lost:
-            choice.worker_id = None
-            choice.lost_workers += 1
-            bisect.insort(self._waiting, choice, key=lambda waiting: waiting.sequence)
+            choice.lost_workers += died
+            self._wait(choice)
         return lost
+
+    def release(self, choice: LiveChoice, *, target_worker_id: str) -> None:
+        """Its worker gives it away: it waits again in the place that its arrival gives it, for the target before all others."""
+        worker_id = choice.worker_id
+        assert worker_id is not None
+        del self._of_worker[worker_id][choice.request_id]
+        choice.target_worker_id = target_worker_id
+        choice.avoided_worker_ids |= {worker_id}
+        self._wait(choice)
+
+    def _wait(self, choice: LiveChoice) -> None:
+        choice.worker_id = None
+        bisect.insort(self._waiting, choice, key=lambda waiting: waiting.sequence)
 
     def remove(self, request_id: str) -> LiveChoice | None:
         choice = self._by_id.pop(request_id, None)

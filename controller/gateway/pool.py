@@ -2,7 +2,8 @@
 
 `set_desired` says which workers there should be; the pool adds, updates and closes links until that is so. Each change that can
 free a place (a worker up, a choice done, a new list) runs `_dispatch`, which asks `routing` for each waiting choice in order of arrival.
-A lost worker's choices wait again and go, with the tokens that they have, to the next worker that takes them.
+A lost worker's choices wait again and go, with the tokens that they have, to the next worker that takes them; those that a worker
+gives away (Released) go to the worker it names, which has their KV already, or failing that to any other.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from flexpert.workers.messages import (
     Finished,
     Hello,
     PromptLogprobs,
+    Released,
     StepOutput,
     TokenOutput,
     Welcome,
@@ -106,7 +108,7 @@ class WorkerPool:
         for worker_id, link in list(self._links.items()):
             wanted = desired.get(worker_id)
             if wanted is None or wanted.address != link.target.address:
-                self._drop(worker_id)
+                self._drop(worker_id, died=not link.target.draining)
                 if wanted is None:
                     self._prefixes.forget(worker_id)
             else:
@@ -114,6 +116,8 @@ class WorkerPool:
         for worker_id, worker in desired.items():
             if worker_id not in self._links:
                 self._links[worker_id] = WorkerLink(worker, hello=self._hello, model_id=self._model_id, events=self)
+        for choice in self.live.waiting:  # the list is newer than what the workers said: who is in it takes requests
+            choice.avoided_worker_ids = frozenset()
         self._update_capacity()
         self._dispatch()
 
@@ -129,6 +133,8 @@ class WorkerPool:
 
     def on_up(self, link: WorkerLink, welcome: Welcome) -> None:
         self.connections[link.worker_id] += 1
+        for choice in self.live.waiting:
+            choice.avoided_worker_ids -= {link.worker_id}
         self._limits = welcome
         self._limits_known.set()
         self._update_capacity()
@@ -162,6 +168,15 @@ class WorkerPool:
         if frame.finished:
             self._dispatch()
 
+    def on_released(self, link: WorkerLink, frame: Released) -> None:
+        if self._links.get(link.worker_id) is not link:
+            return
+        found = [self.live.find(request_id, worker_id=link.worker_id) for request_id in frame.request_ids]
+        for choice in found:
+            if choice is not None:
+                self.live.release(choice, target_worker_id=frame.target_worker_id)
+        self._dispatch()
+
     def on_failed(self, link: WorkerLink, frame: Failed) -> None:
         choice = self.live.find(frame.request_id, worker_id=link.worker_id)
         if choice is None or self._links.get(link.worker_id) is not link:
@@ -188,21 +203,39 @@ class WorkerPool:
     # How a choice finds its worker
 
     def _dispatch(self) -> None:
-        while self.live.waiting:
-            choice = self.live.waiting[0]
-            worker_id = self._choose(choice)
-            if worker_id is None:
-                return
-            self.live.assign(choice, worker_id)
-            try:
-                self._submit(choice, self._links[worker_id])
-            except Exception:  # e.g. it cannot be encoded; no later worker would get it either
-                log.exception("%s could not be sent to worker %s", choice.request_id, worker_id)
-                self.live.remove(choice.request_id)
-                choice.sink.on_failed(internal_error())
+        while (found := self._next()) is not None:
+            self._give(*found)
+
+    def _next(self) -> tuple[LiveChoice, str] | None:
+        """A waiting choice and its worker. First those whose KV is at a worker, which takes them also where it is full; then in order
+        of arrival, past those only that all open workers gave away."""
+        waiting = self.live.waiting
+        for choice in waiting:
+            if choice.target_worker_id and self._is_open(choice.target_worker_id):
+                return choice, choice.target_worker_id
+        for choice in waiting:
+            if (worker_id := self._choose(choice)) is not None:
+                return choice, worker_id
+            if not choice.avoided_worker_ids:
+                return None
+        return None
+
+    def _is_open(self, worker_id: str) -> bool:
+        link = self._links.get(worker_id)
+        return link is not None and link.connected and not link.target.draining
+
+    def _give(self, choice: LiveChoice, worker_id: str) -> None:
+        self.live.assign(choice, worker_id)
+        try:
+            self._submit(choice, self._links[worker_id])
+        except Exception:  # e.g. it cannot be encoded; no later worker would get it either
+            log.exception("%s could not be sent to worker %s", choice.request_id, worker_id)
+            self.live.remove(choice.request_id)
+            choice.sink.on_failed(internal_error())
 
     def _choose(self, choice: LiveChoice) -> str | None:
-        connected = [link for link in self._links.values() if link.connected]
+        avoided = choice.avoided_worker_ids
+        connected = [link for link in self._links.values() if link.connected and link.worker_id not in avoided]
         seen = self._prefixes.seen_tokens(choice.prompt_token_ids) if len(connected) > 1 else {}
         loads = [self._load(link, seen.get(link.worker_id, 0)) for link in connected]
         return choose_worker(prompt_tokens=len(choice.prompt_token_ids) + len(choice.emitted_token_ids), workers=loads)
@@ -234,8 +267,8 @@ class WorkerPool:
         if len(self._links) > 1:
             self._prefixes.record(link.worker_id, choice.prompt_token_ids)
 
-    def _take_back(self, worker_id: str) -> None:
-        lost = self.live.take_back(worker_id)
+    def _take_back(self, worker_id: str, *, died: bool = True) -> None:
+        lost = self.live.take_back(worker_id, died=died)
         if lost:
             log.warning("%d requests of worker %s wait for a worker again", len(lost), worker_id)
         for choice in lost:
@@ -244,9 +277,9 @@ class WorkerPool:
                 self.live.remove(choice.request_id)
                 choice.sink.on_failed(internal_error(f"{choice.lost_workers} workers in a row died with this request."))
 
-    def _drop(self, worker_id: str) -> None:
+    def _drop(self, worker_id: str, *, died: bool = False) -> None:
         link = self._links.pop(worker_id)
-        self._take_back(worker_id)
+        self._take_back(worker_id, died=died)
         task = asyncio.get_running_loop().create_task(link.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)

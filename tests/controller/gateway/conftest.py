@@ -27,6 +27,7 @@ from flexpert.workers.messages import (
     Hello,
     PromptLogprobs,
     Refused,
+    Released,
     StepOutput,
     Submit,
     TokenOutput,
@@ -78,8 +79,8 @@ def vocabulary(model_dir: Path) -> Tokenizer:
 class _Running:
     """A request at the fake worker: `next` is the next output index to send."""
 
-    def __init__(self, submit: Submit, tokens: list[int], start: int) -> None:
-        self.submit, self.tokens, self.next = submit, tokens, start
+    def __init__(self, submit: Submit, tokens: list[int], start: int, owner: asyncio.StreamWriter) -> None:
+        self.submit, self.tokens, self.next, self.owner = submit, tokens, start, owner
         self.sent_prompt = False
 
 
@@ -167,6 +168,14 @@ class FakeWorker:
         self._running.pop(request_id, None)
         self.send(Failed(request_id=request_id, code=code, message=message))
 
+    async def hand_over(self, target: str = "", *, request_ids: list[str] | None = None) -> list[str]:
+        """Give requests away, as a worker does that leaves; without ids all. Returns their ids."""
+        given = [name for name in self._running if request_ids is None or name in request_ids]
+        for request_id in given:
+            del self._running[request_id]
+        self.send(Released(request_ids=given, target_worker_id=target))
+        return given
+
     def send(self, frame: object) -> None:
         for writer in self._writers:
             writer.write(self._codec.encode(frame))
@@ -192,12 +201,15 @@ class FakeWorker:
         self.connections += 1
         self._notify()
         while (frame := await self._codec.read(reader)) is not None:
-            self._take(frame)
+            self._take(frame, writer)
+        for request_id, running in list(self._running.items()):
+            if running.owner is writer:
+                del self._running[request_id]
         if writer in self._writers:
             self._writers.remove(writer)
         writer.close()
 
-    def _take(self, frame: object) -> None:
+    def _take(self, frame: object, owner: asyncio.StreamWriter) -> None:
         if isinstance(frame, Submit):
             self.submits.append(frame)
             if self.fail_with is not None:
@@ -205,7 +217,7 @@ class FakeWorker:
                 self.send(Failed(request_id=frame.request_id, code=code, message=message))
             else:
                 start = max(0, len(frame.emitted_token_ids) - self.repeat_tokens)
-                self._running[frame.request_id] = _Running(frame, self.reply(frame), start)
+                self._running[frame.request_id] = _Running(frame, self.reply(frame), start, owner)
         elif isinstance(frame, Cancel):
             self.cancels.append(frame.request_id)
             self._running.pop(frame.request_id, None)
@@ -235,8 +247,13 @@ class FakeWorker:
 
     def _step(self) -> None:
         self.step_number += 1
+        for owner in {running.owner for running in self._running.values()}:
+            owner.write(self._codec.encode(self._step_of(owner)))
+
+    def _step_of(self, owner: asyncio.StreamWriter) -> StepOutput:
+        """One token for each request of that stream."""
         tokens, prompts, finished = [], [], []
-        for request_id, running in list(self._running.items()):
+        for request_id, running in [(name, found) for name, found in self._running.items() if found.owner is owner]:
             params = running.submit.params
             if params.prompt_logprobs is not None and not running.sent_prompt:
                 running.sent_prompt = True
@@ -260,7 +277,7 @@ class FakeWorker:
             if (running.next >= end or reason == "stop") and not self.hold_finished:
                 finished.append(Finished(request_id=request_id, reason=reason, cached_tokens=self.cached_tokens))
                 del self._running[request_id]
-        self.send(StepOutput(step=self.step_number, tokens=tokens, prompt_logprobs=prompts, finished=finished))
+        return StepOutput(step=self.step_number, tokens=tokens, prompt_logprobs=prompts, finished=finished)
 
 
 class Harness:

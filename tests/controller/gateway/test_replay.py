@@ -248,7 +248,9 @@ def test_repeated_outputs_are_dropped_and_gaps_named() -> None:
         choice.accept(TokenOutput(request_id="a", output_index=6, token_id=1))
 
 
-@given(st.lists(st.tuples(st.sampled_from(["add", "assign", "lose", "remove"]), st.integers(0, 7)), max_size=60))
+@given(
+    st.lists(st.tuples(st.sampled_from(["add", "assign", "lose", "release", "remove"]), st.integers(0, 7)), max_size=60)
+)
 def test_every_live_choice_is_in_exactly_one_place(actions: list[tuple[str, int]]) -> None:
     table = LiveTable()
     alive: dict[str, LiveChoice] = {}
@@ -260,7 +262,9 @@ def test_every_live_choice_is_in_exactly_one_place(actions: list[tuple[str, int]
         elif action == "assign" and table.waiting:
             table.assign(table.waiting[0], f"w{k % 3}")
         elif action == "lose":
-            table.take_back(f"w{k % 3}")
+            table.take_back(f"w{k % 3}", died=bool(k % 2))
+        elif action == "release" and table.count_of(f"w{k % 3}"):
+            table.release(next(iter(table.of_worker(f"w{k % 3}"))), target_worker_id=f"w{k % 2}")
         elif action == "remove" and alive:
             name = sorted(alive)[k % len(alive)]
             assert table.remove(name) is alive.pop(name)
