@@ -4,7 +4,7 @@ Nothing here knows of workers, requests or checkpoints. Importing this package i
 """
 
 from flexpert.kernels.attention import AttentionPlan, PackedRequests, attend
-from flexpert.kernels.experts import ExpertSlabs, SlabPart, experts_forward
+from flexpert.kernels.experts import ExpertSlabs, SlabPart, expert_rows, experts_forward, take_rows, weighted_sum
 from flexpert.kernels.registration import register, run_experts
 
 __all__ = [
@@ -13,7 +13,10 @@ __all__ = [
     "PackedRequests",
     "SlabPart",
     "attend",
+    "expert_rows",
     "experts_forward",
     "register",
     "run_experts",
+    "take_rows",
+    "weighted_sum",
 ]

@@ -1,11 +1,12 @@
 """The experts of one MoE layer, read in place from an arena of slabs: reference on the CPU, plain torch on a GPU.
 
-An expert's weights lie in a slot of the arena (`ExpertSlabs`); which slot is data. All kernels here return one weighted sum of the
-unsummed rows of each (token, k) in top-k order, so that placement and batch composition change no bit of a token's result on the CPU:
-every expert's rows are padded to multiples of a number at which a matrix product's row does not depend on the rows beside it
-(`flexpert.kernels.row_groups`).
+An expert's weights lie in a slot of the arena (`ExpertSlabs`), of all experts of a layer or of some; which slot is data. `expert_rows`
+computes one unsummed row for each pair (row, expert), wherever the row comes from; `weighted_sum` adds the rows of a token in top-k
+order. So placement and batch composition change no bit of a token's result on the CPU: every expert's rows are padded to multiples of a
+number at which a matrix product's row does not depend on the rows beside it (`flexpert.kernels.row_groups`).
 
-Called through `flexpert.kernels.registration` by the experts modules of transformers. Knows nothing of models or checkpoints.
+Called through `flexpert.kernels.registration` by the experts modules of transformers, and by `workers.ep`, which brings rows of other
+ranks. Knows nothing of models, checkpoints or ranks.
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ class SlabPart:
 
 @dataclass
 class ExpertSlabs:
-    """The experts of one layer.
+    """Experts of one layer: all of them, or those that lie here.
 
-    arena: one-dimensional, of the weights' dtype; slot s begins at element s * slot_stride. slots[e] is expert e's slot; the slots of a
-    layer are neighbours, in any order. parts: "gate_up_proj" [2I, H] (or "up_proj" [I, H] without a gate) and "down_proj" [H, I];
-    transposed: stored as [H, 2I] and [I, H]. activate: [..., 2I] -> [..., I], row by row (the module's own gate).
-    up_bias, down_bias: [E, 2I] and [E, H] in expert order.
+    arena: one-dimensional, of the weights' dtype; slot s begins at element s * slot_stride. slots[i] is the slot of expert experts[i]
+    (of expert i where `experts` is None: then all are here); the slots are neighbours, in any order. num_experts: of the layer, needed
+    with `experts`. parts: "gate_up_proj" [2I, H] (or "up_proj" [I, H] without a gate) and "down_proj" [H, I]; transposed: stored as
+    [H, 2I] and [I, H]. activate: [..., 2I] -> [..., I], row by row (the module's own gate). up_bias, down_bias: [E, 2I] and [E, H]
+    of all experts of the layer, in their order.
     """
 
     arena: Tensor
@@ -57,28 +59,36 @@ class ExpertSlabs:
     activate: Callable[[Tensor], Tensor]
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
-    up: Tensor = field(init=False)  # [E, H, 2I] view of the arena in slot order
-    down: Tensor = field(init=False)  # [E, I, H]
-    position: Tensor | None = field(init=False)  # expert -> place in slot order; None where they are equal
+    experts: Sequence[int] | None = None
+    num_experts: int = 0
+    up: Tensor = field(init=False)  # [slots, H, 2I] view of the arena in slot order
+    down: Tensor = field(init=False)  # [slots, I, H]
+    row_of: np.ndarray = field(init=False)  # [E] expert -> place in slot order, -1 where it is not here
+    position: Tensor | None = field(init=False)  # the same on the arena's device; None where place and expert are equal
 
     def __post_init__(self) -> None:
         first = min(self.slots)
         if sorted(self.slots) != list(range(first, first + len(self.slots))):
             raise ValueError(f"the slots of a layer must be neighbours, found {sorted(self.slots)}")
-        order = np.argsort(np.asarray(self.slots))
+        experts = np.arange(len(self.slots)) if self.experts is None else np.asarray(self.experts, dtype=np.int64)
+        self.num_experts = self.num_experts or len(experts)
+        if (
+            len(experts) != len(self.slots)
+            or len(np.unique(experts)) != len(experts)
+            or experts.max() >= self.num_experts
+        ):
+            raise ValueError(f"{len(self.slots)} slots for experts {experts.tolist()} of {self.num_experts}")
+        in_slot_order = experts[np.argsort(np.asarray(self.slots))]
+        self.row_of = np.full(self.num_experts, -1, dtype=np.int64)
+        self.row_of[in_slot_order] = np.arange(len(experts))
         self.up = self._matrices("gate_up_proj" if "gate_up_proj" in self.parts else "up_proj", first)
         self.down = self._matrices("down_proj", first)
-        device = self.arena.device
-        in_order = list(order) == list(range(len(order)))
-        self.position = None if in_order else torch.from_numpy(np.argsort(order)).to(device)
-        if not in_order:
-            by_slot = torch.from_numpy(order).to(device)
-            self.up_bias = None if self.up_bias is None else self.up_bias[by_slot]
-            self.down_bias = None if self.down_bias is None else self.down_bias[by_slot]
-
-    @property
-    def num_experts(self) -> int:
-        return len(self.slots)
+        self.position = None
+        if not np.array_equal(in_slot_order, np.arange(self.num_experts)):
+            self.position = torch.from_numpy(self.row_of).to(self.arena.device)
+            chosen = torch.from_numpy(in_slot_order).to(self.arena.device)
+            self.up_bias = None if self.up_bias is None else self.up_bias[chosen]
+            self.down_bias = None if self.down_bias is None else self.down_bias[chosen]
 
     @cached_property
     def row_group(self) -> int:
@@ -98,41 +108,56 @@ class ExpertSlabs:
 
 
 def experts_forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, slabs: ExpertSlabs) -> Tensor:
-    """[tokens, H], [tokens, k] expert ids, [tokens, k] weights -> [tokens, H] of hidden's dtype."""
-    compute = _cpu_rows if hidden.device.type == "cpu" else grouped_rows
-    expert = top_k_index if slabs.position is None else slabs.position[top_k_index]
-    rows = compute(hidden.to(slabs.arena.dtype), expert, slabs)
-    return (rows * top_k_weights.unsqueeze(-1)).sum(1).to(hidden.dtype)
+    """[tokens, H], [tokens, k] expert ids, [tokens, k] weights -> [tokens, H] of hidden's dtype. All picked experts must be here."""
+    place = top_k_index if slabs.position is None else slabs.position[top_k_index]
+    rows = expert_rows(hidden.to(slabs.arena.dtype), None, place.reshape(-1), slabs)
+    return weighted_sum(rows.view(*top_k_index.shape, hidden.shape[1]), top_k_weights, hidden.dtype)
 
 
-def _cpu_rows(hidden: Tensor, expert: Tensor, slabs: ExpertSlabs) -> Tensor:
-    """The unweighted result of each (token, k): [tokens, k, H].
+def weighted_sum(rows: Tensor, top_k_weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """[tokens, k, H] unweighted rows, [tokens, k] -> [tokens, H], added in top-k order. The only place where rows are summed."""
+    return (rows * top_k_weights.unsqueeze(-1)).sum(1).to(dtype)
 
-    Gathered rows lie in two parts: the first few of every expert, which one batched product takes, and those beyond, expert by expert.
+
+def expert_rows(hidden: Tensor, source: Tensor | None, place: Tensor, slabs: ExpertSlabs) -> Tensor:
+    """The unweighted result [pairs, H] of each pair: row source[i] of `hidden` [rows, H] through the expert at place[i] in slot order.
+
+    hidden: of the arena's dtype. source, place: int64 [pairs]; None: every row has equally many pairs, row after row.
     """
-    tokens, top_k = expert.shape
-    group = slabs.row_group
-    ids = expert.reshape(-1).numpy()
-    counts = np.bincount(ids, minlength=slabs.num_experts)
+    if not len(place):
+        return hidden.new_empty(0, hidden.shape[1])
+    compute = _cpu_rows if hidden.device.type == "cpu" else grouped_rows
+    return compute(hidden, source, place, slabs)
+
+
+def _cpu_rows(hidden: Tensor, source: Tensor | None, place: Tensor, slabs: ExpertSlabs) -> Tensor:
+    """Gathered rows lie in two parts: the first few of every expert, for one batched product, and those beyond, expert by expert."""
+    group, experts = slabs.row_group, len(slabs.slots)
+    ids = place.numpy()
+    counts = np.bincount(ids, minlength=experts)
     padded = -(-counts // group) * group
     height = _batched_height(padded, group)
-    together = height * slabs.num_experts
+    together = height * experts
     beyond = np.maximum(padded - height, 0)
     begin = together + np.cumsum(beyond) - beyond
     order = np.argsort(ids, kind="stable")
     sorted_ids = ids[order]
     rank = np.arange(len(ids)) - (np.cumsum(counts) - counts)[sorted_ids]  # among the rows of its expert
-    placed = np.where(rank < height, sorted_ids * height + rank, begin[sorted_ids] + rank - height)
-    place = np.empty_like(ids)  # of each (token, k) among the gathered rows
-    place[order] = placed
+    gathered_at = np.empty_like(ids)  # of each pair
+    gathered_at[order] = np.where(rank < height, sorted_ids * height + rank, begin[sorted_ids] + rank - height)
     total = together + int(beyond.sum())
-    source = np.zeros(-(-total // _ELEMENTWISE_ROWS) * _ELEMENTWISE_ROWS, dtype=np.int64)
-    source[place] = np.arange(len(ids)) // top_k
-    gathered = torch.from_numpy(hidden.numpy().take(source, axis=0))
+    taken = np.zeros(-(-total // _ELEMENTWISE_ROWS) * _ELEMENTWISE_ROWS, dtype=np.int64)
+    taken[gathered_at] = np.arange(len(ids)) // (len(ids) // len(hidden)) if source is None else source.numpy()
+    gathered = take_rows(hidden, taken)
     runs = [(int(e), int(begin[e]), int(begin[e] + beyond[e])) for e in np.flatnonzero(beyond)]
     inner = _multiply(gathered, slabs.up, slabs.up_bias, together, runs)
     result = _multiply(slabs.activate(inner), slabs.down, slabs.down_bias, together, runs)
-    return result.index_select(0, torch.from_numpy(place)).view(tokens, top_k, -1)
+    return result.index_select(0, torch.from_numpy(gathered_at))
+
+
+def take_rows(rows: Tensor, index: np.ndarray) -> Tensor:
+    """rows[index] on the CPU, of any dtype: as bytes, by numpy, which was measured faster than index_select."""
+    return torch.from_numpy(rows.view(torch.uint8).numpy().take(index, axis=0)).view(rows.dtype)
 
 
 def _batched_height(padded: np.ndarray, group: int) -> int:
@@ -162,20 +187,20 @@ def _multiply(
     return result
 
 
-def grouped_rows(hidden: Tensor, expert: Tensor, slabs: ExpertSlabs) -> Tensor:
+def grouped_rows(hidden: Tensor, source: Tensor | None, place: Tensor, slabs: ExpertSlabs) -> Tensor:
     """The same by two grouped products over rows sorted by expert: no host synchronisation, no atomics, so capturable and deterministic."""
-    tokens, top_k = expert.shape
-    ids, order = torch.sort(expert.reshape(-1), stable=True)
-    experts = torch.arange(slabs.num_experts, device=ids.device, dtype=ids.dtype)
+    ids, order = torch.sort(place, stable=True)
+    experts = torch.arange(len(slabs.slots), device=ids.device, dtype=ids.dtype)
     ends = torch.searchsorted(ids, experts, right=True, out_int32=True)
-    inner = _grouped_mm(hidden.index_select(0, order // top_k), slabs.up, ends)
+    taken = order // (len(order) // len(hidden)) if source is None else source.index_select(0, order)
+    inner = _grouped_mm(hidden.index_select(0, taken), slabs.up, ends)
     if slabs.up_bias is not None:
         inner = inner + slabs.up_bias.index_select(0, ids)
     result = _grouped_mm(slabs.activate(inner).contiguous(), slabs.down, ends)
     if slabs.down_bias is not None:
         result = result + slabs.down_bias.index_select(0, ids)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return result.index_select(0, place).view(tokens, top_k, -1)
+    gathered_at = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return result.index_select(0, gathered_at)
 
 
 def _grouped_mm(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from flexpert.workers.model import bind, check_servable, kv_token_bytes, load_into, plan_weights
+from flexpert.workers.model import bind, check_servable, kv_token_bytes, load_into, make_buffers, plan_weights
 from flexpert.workers.runner import ModelRunner
 from flexpert.workers.step import Row
 
@@ -103,7 +103,7 @@ def load_runner(
     """The whole way from a directory to a runner, with KV memory that holds NaN wherever nothing was written."""
     servable = check_servable(model_dir)
     plan = plan_weights(servable, dtype)
-    segments = {name: torch.empty(nbytes, dtype=torch.uint8, device=device) for name, nbytes in plan.segments.items()}
+    segments = make_buffers(plan, device=device)
     load_into(plan, segments)
     bound = bind(servable, plan.manifest, segments, device=device)
     kv = torch.zeros(slots, max_context_tokens * kv_token_bytes(servable, dtype), dtype=torch.uint8, device=device)

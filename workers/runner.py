@@ -1,6 +1,7 @@
 """Computes the rows of a step: builds the batch, runs the model, returns the wanted logits.
 
-Called by the engine, on one thread. Knows rows, slots and positions; not requests, sampling or who owns the memory.
+Experts that lie on other ranks are reached through the exchange that `use` installs; a rank without rows of its own takes part with
+`serve`. Called by the engine, on one thread. Knows rows, slots and positions; not requests, sampling or who owns the memory.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import logging
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flexpert.kernels.attention import KEY_BLOCK
 from flexpert.kernels.row_groups import SAFE_ROWS, row_group
+from flexpert.workers.ep import EpochExperts, ExpertExchange
 from flexpert.workers.model.binding import BoundModel
 from flexpert.workers.model.cpu_step import CpuStep
 from flexpert.workers.model.gpu_compute import GpuCompute
@@ -43,6 +46,7 @@ class ModelRunner:
         self.views = KvViews(kv, bound.kv)
         self.kv = kv
         self._gpu: GpuCompute | None = None
+        self._exchange: ExpertExchange | None = None
         self.last_build_s = 0.0
         self._row_group = SAFE_ROWS
         if bound.device.type == "cpu":
@@ -59,9 +63,36 @@ class ModelRunner:
     def num_layers(self) -> int:
         return self.bound.servable.num_layers
 
+    def use(self, experts: EpochExperts, exchange: ExpertExchange | None) -> None:
+        """From the next step on, compute with these experts; without an exchange they must be all. Between two steps only; what was used
+        before may be unmapped afterwards. On a GPU captured graphs are dropped, and with an exchange steps run op by op."""
+        if exchange is None and not experts.complete:
+            raise ValueError("a rank that holds only some experts needs an exchange with the others")
+        self._exchange = exchange
+        for layer, slabs in zip(self.bound.experts, experts.layers, strict=True):
+            layer.slabs, layer.elsewhere = slabs, exchange
+        if self._gpu is not None:
+            self._gpu.forget_graphs(may_capture=exchange is None)
+
+    def serve(self) -> None:
+        """A step with no rows of one's own: every layer's exchange, for the rows of the peers. Raises as the transport does."""
+        if self._exchange is None:
+            raise RuntimeError("serve() is for a rank of a group; this one has no exchange")
+        with torch.inference_mode():
+            for layer in range(len(self.bound.experts)):
+                self._exchange.serve(layer)
+
+    def take_load(self) -> list[np.ndarray]:
+        """[layer] -> int64 [experts]: how many of this rank's own tokens picked each expert since the last call. A GPU without an exchange
+        does not count."""
+        if self._exchange is not None:
+            return self._exchange.take_load()
+        return [layer.take_routed() for layer in self.bound.experts]
+
     def forward(self, rows: Sequence[Row]) -> Tensor:
         """Write the KV of the rows' tokens; return float32 logits [wanted, vocab] in row order: of the last token of each row with
-        `sample`, of every token of a row with `all_logits`. Raises ValueError for a row that does not fit its slot."""
+        `sample`, of every token of a row with `all_logits`. Raises ValueError for a row that does not fit its slot, and in a group
+        what its transport raises."""
         began_s = time.perf_counter()
         multiple = ROW_MULTIPLE if self._gpu is None else 1
         packed = pack(rows, multiple=multiple, capacity_tokens=self.views.capacity_tokens, slots=len(self.kv))

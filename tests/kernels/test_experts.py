@@ -85,8 +85,9 @@ def test_the_gpu_kernel_computes_the_same(layout: dict) -> None:
     layer = Layer(**layout)
     hidden, index, weights = routing(33, 3)
     position = index if layer.slabs.position is None else layer.slabs.position[index]
-    rows = grouped_rows(hidden, position, layer.slabs)
-    torch.testing.assert_close((rows * weights.unsqueeze(-1)).sum(1), layer.reference(hidden, index, weights))
+    for source in (None, torch.arange(33).repeat_interleave(3)):
+        rows = grouped_rows(hidden, source, position.reshape(-1), layer.slabs).view(33, 3, -1)
+        torch.testing.assert_close((rows * weights.unsqueeze(-1)).sum(1), layer.reference(hidden, index, weights))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -46,7 +46,7 @@ class GpuCompute:
         self._arena = ArenaOnDevice(views, kv)
         self._max_keys = views.capacity_tokens
         flash = [self._arena.flash_fits(i, latent=layer.latent) for i, layer in enumerate(bound.servable.attention)]
-        self.captures = use_graphs and self._device.type == "cuda" and all(flash)
+        self._can_capture = self.captures = use_graphs and self._device.type == "cuda" and all(flash)
         self._graphs: dict[int, _Captured] = {}
         self._pool: tuple[int, int] | None = None
         if self._device.type == "cuda" and not self._arena.contiguous:
@@ -71,6 +71,12 @@ class GpuCompute:
         for size in sorted(batch_sizes, reverse=True):
             if self.captures and size not in self._graphs:
                 self._graphs[size] = self._capture(torch.zeros(3, size, dtype=torch.long, device=self._device))
+
+    def forget_graphs(self, *, may_capture: bool) -> None:
+        """Other experts are used from now on. may_capture: no step waits for other ranks."""
+        self._graphs.clear()
+        self._pool = None
+        self.captures = self._can_capture and may_capture
 
     def run(self, tensors: StepTensors, wanted: Tensor | int) -> Tensor:
         """Logits of `wanted` packed rows (0: of all), launched op by op."""

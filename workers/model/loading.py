@@ -6,7 +6,7 @@ On the host the manager's own helper does this once per node; this one fills the
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter
 
@@ -15,9 +15,43 @@ from torch import Tensor
 
 from flexpert.hbm.loading import LoadPlan
 from flexpert.workers.model.errors import CheckpointError
+from flexpert.workers.model.layout import is_experts
 from flexpert.workers.model.planning import STORED_NAMES
 
 _TORCH_DTYPES = {name: dtype for dtype, name in STORED_NAMES.items()}
+
+
+def make_buffers(plan: LoadPlan, *, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Plain torch memory for `load_into`, one uint8 tensor a segment; the slab groups lie back to back in the plan's order."""
+    groups = {name: nbytes for name, nbytes in plan.segments.items() if is_experts(name)}
+    memory = torch.empty(sum(groups.values()), dtype=torch.uint8, device=device)
+    buffers = dict(zip(groups, memory.split(list(groups.values())), strict=True))
+    for name, nbytes in plan.segments.items():
+        if name not in groups:
+            buffers[name] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    return buffers
+
+
+def compact(segments: Sequence[Tensor], *, device: str | torch.device | None = None) -> Tensor:
+    """Segments back to back in one uint8 tensor on `device` (None: where they are): a view where they lie so already, else a copy."""
+    target = torch.device(device) if device is not None else segments[0].device if segments else torch.device("cpu")
+    if not segments:
+        return torch.empty(0, dtype=torch.uint8, device=target)
+    first, total = segments[0], sum(len(segment) for segment in segments)
+    begin, end = first.data_ptr(), first.data_ptr()
+    together = (
+        first.device == target
+        and begin + total <= first.untyped_storage().data_ptr() + first.untyped_storage().nbytes()
+    )
+    for segment in segments:
+        together = together and segment.data_ptr() == end
+        end += len(segment)
+    if together:
+        return first.as_strided((total,), (1,))
+    memory = torch.empty(total, dtype=torch.uint8, device=target)
+    for part, segment in zip(memory.split([len(segment) for segment in segments]), segments, strict=True):
+        part.copy_(segment)
+    return memory
 
 
 def load_into(

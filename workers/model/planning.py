@@ -6,7 +6,8 @@ copied straight into its slab, whether the checkpoint stores them one by one or 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -19,13 +20,13 @@ from flexpert.workers.model.checkpoint_files import StoredTensor, read_checkpoin
 from flexpert.workers.model.errors import CheckpointError
 from flexpert.workers.model.layout import (
     DENSE,
-    EXPERTS,
     VERSION,
     DenseTensor,
     ExpertLayer,
     SlabMatrix,
     WeightLayout,
     aligned,
+    segment_of,
     slot_size,
 )
 from flexpert.workers.model.servable import ServableModel, torch_dtype
@@ -45,8 +46,17 @@ def plan_weights(servable: ServableModel, dtype: str | torch.dtype, *, granule_b
     stored = read_checkpoint(servable.model_dir)
     layout = lay_out(model, servable.experts, dtype, granule_bytes)
     copies = _Copies(servable, model, layout).plan(stored)
-    segments = {DENSE: layout.dense_bytes, EXPERTS: layout.experts_bytes}
-    return LoadPlan(segments=segments, copies=copies, manifest=layout.to_manifest())
+    return LoadPlan(segments=layout.segment_bytes(), copies=copies, manifest=layout.to_manifest())
+
+
+def select(plan: LoadPlan, names: Sequence[str]) -> LoadPlan:
+    """The same plan for these segments only, in this order; the manifest still describes all. Raises ValueError for an unknown name."""
+    if unknown := [name for name in names if name not in plan.segments]:
+        raise ValueError(
+            f"the plan has no segment {unknown[0]!r}; it has {len(plan.segments)}, {DENSE!r} and slab groups"
+        )
+    wanted = {name: plan.segments[name] for name in names}
+    return replace(plan, segments=wanted, copies=[copy for copy in plan.copies if copy.segment in wanted])
 
 
 def lay_out(model: PreTrainedModel, experts: tuple[str, ...], dtype: torch.dtype, granule_bytes: int) -> WeightLayout:
@@ -71,7 +81,7 @@ def lay_out(model: PreTrainedModel, experts: tuple[str, ...], dtype: torch.dtype
         )
         slots += num_experts
         slab_bytes = max(slab_bytes, offset)
-    slot_bytes, slots_per_group = slot_size(slab_bytes, granule_bytes)
+    slot_bytes, slots_per_group = slot_size(slab_bytes, granule_bytes, [layer.num_experts for layer in layers])
     return WeightLayout(
         version=VERSION,
         dtype=str(dtype).removeprefix("torch."),
@@ -166,9 +176,9 @@ class _Copies:
         for i, expert in enumerate(experts):
             self._fill(key, target.name, expert, target.part)
             elements = stored.num_elements // len(experts)
-            offset = (layer.first_slot + expert) * self._layout.slot_bytes + slab.offset_bytes
-            offset += target.part * elements * self._dtype.itemsize
-            copies += self._copy(key, stored, i * elements, _Place(EXPERTS, offset, elements, self._dtype))
+            group, slot = divmod(layer.first_slot + expert, self._layout.slots_per_group)
+            offset = slot * self._layout.slot_bytes + slab.offset_bytes + target.part * elements * self._dtype.itemsize
+            copies += self._copy(key, stored, i * elements, _Place(segment_of(group), offset, elements, self._dtype))
         return copies
 
     def _copy(self, key: str, stored: StoredTensor, first_element: int, place: _Place) -> list[Copy]:

@@ -38,17 +38,26 @@ class AttentionLayer:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """What an experts module is given: rows of `width` numbers, each for at most top_k experts."""
+
+    width: int
+    top_k: int
+
+
+@dataclass(frozen=True)
 class Probed:
-    """What a tree does with a token."""
+    """What a tree does with a token. experts: the modules in the order in which a token meets them."""
 
     attention: tuple[AttentionLayer, ...]
     experts: tuple[str, ...]
+    routing: Routing
 
 
 def probe(model: nn.Module) -> Probed:
     """Raises ProbeRefusal; whatever else the tree raises means that its configuration is inconsistent."""
     step = ProbeStep()
-    called: list[str] = []
+    called: dict[str, Routing] = {}
     modules = experts_modules(model)
     for name, module in modules.items():
         module.flexpert_experts = _recorder(name, called)
@@ -65,12 +74,18 @@ def probe(model: nn.Module) -> Probed:
         raise ProbeRefusal(
             f"its layers {sorted(step.cached)} cache keys and values and its layers {sorted(step.layers)} attend; each must do both"
         )
-    return Probed(tuple(step.layers[i] for i in range(layers)), tuple(called))
+    widths = {routing.width for routing in called.values()}
+    if len(widths) > 1:
+        raise ProbeRefusal(f"its experts take rows of different widths, {sorted(widths)}")
+    routing = Routing(widths.pop(), max(routing.top_k for routing in called.values()))
+    return Probed(tuple(step.layers[i] for i in range(layers)), tuple(called), routing)
 
 
-def _recorder(name: str, called: list[str]):  # type: ignore[no-untyped-def]
+def _recorder(name: str, called: dict[str, Routing]):  # type: ignore[no-untyped-def]
     def record(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        called.append(name)
+        if name in called:
+            raise ProbeRefusal(f"a token meets its experts {name!r} twice")
+        called[name] = Routing(hidden.shape[-1], top_k_index.shape[-1])
         return torch.empty_like(hidden)
 
     return record

@@ -17,7 +17,7 @@ from flexpert.workers.model import checkpoint_names
 from flexpert.workers.model.errors import UnservableModelError
 from flexpert.workers.model.interfaces import IMPLEMENTATION, register_all
 from flexpert.workers.model.kv_layout import KvLayout
-from flexpert.workers.model.probe import AttentionLayer, ProbeRefusal, probe
+from flexpert.workers.model.probe import AttentionLayer, ProbeRefusal, Routing, probe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Frequencies that depend on the longest sequence of a batch: a row's result would depend on the rows beside it.
@@ -37,6 +37,7 @@ class ServableModel:
     eos_token_ids: tuple[int, ...]
     attention: tuple[AttentionLayer, ...]
     experts: tuple[str, ...]
+    routing: Routing
 
     @property
     def num_layers(self) -> int:
@@ -70,6 +71,7 @@ def check_servable(model_dir: str | Path) -> ServableModel:
         eos_token_ids=_eos_token_ids(model_dir, config),
         attention=probed.attention,
         experts=probed.experts,
+        routing=probed.routing,
     )
 
 

@@ -1,0 +1,148 @@
+"""One MoE layer of a step whose experts are spread over ranks: tokens go to the ranks that hold their experts, unsummed rows come back.
+
+A token's hidden row is sent once to each rank that computes for it, with the list of experts it needs there. The holder computes the
+pairs of all ranks, its own among them, in one call and returns a row for each pair in the order they were asked for; the home rank adds
+them up with the expression of a single worker (`kernels.weighted_sum`). So the results have the bits of a single worker.
+
+Called by the experts modules (`forward`) and the runner (`serve`), on the engine's thread; `take_load` from any.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexpert.kernels import expert_rows, weighted_sum
+from flexpert.workers.ep import wire
+from flexpert.workers.ep.experts import EpochExperts
+from flexpert.workers.epoch import Epoch
+from flexpert.workers.transport import Transport
+
+
+class _Pairs(NamedTuple):
+    """Pairs (token, k) of one home rank that one rank computes. picks: which of all pairs, ascending; tokens: of each; experts: of each."""
+
+    picks: np.ndarray
+    tokens: np.ndarray
+    experts: np.ndarray
+
+
+class ExpertExchange:
+    """Phases of layer l: 1 + 2l dispatches, 2 + 2l combines; phase 0 is the engine's. The epoch must have been made for this model."""
+
+    def __init__(self, transport: Transport, epoch: Epoch, rank: int, experts: EpochExperts) -> None:
+        if tuple(len(layer) for layer in epoch.holders) != experts.num_experts or experts.held != epoch.held_by(rank):
+            raise ValueError(
+                f"epoch {epoch.number} places other experts on rank {rank} than are here, or is of another model"
+            )
+        self.rank, self.size = rank, epoch.size
+        self._transport = transport
+        self._experts = experts
+        self._targets = [np.array(layer, dtype=np.int64) for layer in epoch.targets(rank)]
+        self._step: int | None = None
+        self._load = self._no_load()
+        self._no_rows = torch.empty(0, experts.width, dtype=experts.dtype, device=experts.device)
+        self._nothing = torch.empty(0, dtype=torch.uint8, device=experts.device)
+
+    def begin(self, step: int) -> None:
+        """Before each step, after its phase 0."""
+        self._step = step
+
+    def forward(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[tokens, H], [tokens, k] expert ids, [tokens, k] weights -> [tokens, H] of hidden's dtype. Raises StepMissed."""
+        ids = top_k_index.cpu().numpy()
+        self._load[layer] += np.bincount(ids.reshape(-1), minlength=self._experts.num_experts[layer])
+        rows = self._exchange(layer, hidden.to(self._experts.dtype).contiguous(), ids)
+        return weighted_sum(rows.view(*ids.shape, self._experts.width), top_k_weights, hidden.dtype)
+
+    def serve(self, layer: int) -> None:
+        """The same for a rank that has no tokens in this step."""
+        self._exchange(layer, self._no_rows, np.empty((0, 1), dtype=np.int64))
+
+    def take_load(self) -> list[np.ndarray]:
+        """[layer] -> int64 [experts]: how many of this rank's own tokens picked each expert since the last call."""
+        taken, self._load = self._load, self._no_load()
+        return taken
+
+    def _no_load(self) -> list[np.ndarray]:
+        return [np.zeros(count, dtype=np.int64) for count in self._experts.num_experts]
+
+    def _exchange(self, layer: int, hidden: Tensor, ids: np.ndarray) -> Tensor:
+        """The unsummed rows [tokens * k, width] of hidden [tokens, width], ids [tokens, k]."""
+        if self._step is None:
+            raise RuntimeError("call begin(step) before the step's first layer")
+        pairs = self._split(layer, ids)
+        dispatched = [
+            self._dispatch(hidden, one) if rank != self.rank else self._nothing for rank, one in enumerate(pairs)
+        ]
+        received = self._transport.exchange(self._step, 1 + 2 * layer, dispatched)
+        width, dtype = self._experts.width, self._experts.dtype
+        asked = {
+            rank: wire.decode(message, width, dtype)
+            for rank, message in enumerate(received)
+            if rank != self.rank and message.numel()
+        }
+        own, answers = self._compute(layer, hidden, pairs[self.rank], asked)
+        returned = self._transport.exchange(self._step, 2 + 2 * layer, answers)
+        if len(own) == ids.size:
+            return own
+        rows = own.new_empty(ids.size, width)
+        for rank, one in enumerate(pairs):
+            part = own if rank == self.rank else wire.decode_rows(returned[rank], len(one.picks), width, dtype)
+            if len(one.picks):
+                rows.index_copy_(0, torch.from_numpy(one.picks).to(rows.device), part)
+        return rows
+
+    def _split(self, layer: int, ids: np.ndarray) -> list[_Pairs]:
+        """By the rank that computes them."""
+        experts, top_k = ids.reshape(-1), ids.shape[1]
+        target = self._targets[layer][experts]
+        result = []
+        for rank in range(self.size):
+            picks = np.flatnonzero(target == rank)
+            result.append(_Pairs(picks, picks // top_k, experts[picks]))
+        return result
+
+    def _dispatch(self, hidden: Tensor, pairs: _Pairs) -> Tensor:
+        if not len(pairs.picks):
+            return self._nothing
+        first = np.empty(len(pairs.tokens), dtype=bool)  # tokens ascend, so equal ones are neighbours
+        first[0] = True
+        np.not_equal(pairs.tokens[1:], pairs.tokens[:-1], out=first[1:])
+        return wire.encode(hidden, pairs.tokens[first], np.cumsum(first) - 1, pairs.experts)
+
+    def _compute(
+        self, layer: int, hidden: Tensor, own: _Pairs, asked: dict[int, wire.Asked]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The rows of one's own pairs, and the answer for each rank."""
+        answers = [self._nothing] * self.size
+        sources, experts, rows = [own.tokens], [own.experts], [hidden]
+        num_rows = len(hidden)
+        for one in asked.values():
+            sources.append(num_rows + one.row_of)
+            experts.append(one.experts)
+            rows.append(one.rows)
+            num_rows += len(one.rows)
+        computed = self._rows(
+            layer, torch.cat(rows) if asked else hidden, np.concatenate(sources), np.concatenate(experts)
+        )
+        parts = computed.split([len(part) for part in experts])
+        for rank, part in zip(asked, parts[1:], strict=True):
+            answers[rank] = wire.encode_rows(part)
+        return parts[0], answers
+
+    def _rows(self, layer: int, rows: Tensor, source: np.ndarray, experts: np.ndarray) -> Tensor:
+        slabs = self._experts.layers[layer]
+        if not len(experts):
+            return self._no_rows
+        place = np.full_like(experts, -1) if slabs is None else slabs.row_of[experts]
+        if slabs is None or place.min() < 0:
+            raise ValueError(
+                f"rank {self.rank} was asked for expert {int(experts[place < 0][0])} of layer {layer}, which it does not hold; "
+                "the ranks are not in the same epoch"
+            )
+        device = rows.device
+        return expert_rows(rows, torch.from_numpy(source).to(device), torch.from_numpy(place).to(device), slabs)
