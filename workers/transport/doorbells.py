@@ -1,0 +1,237 @@
+"""Small fixed-size messages between ranks that say "my part of (step, phase) is there": who has come, who is missing, who is gone.
+
+One `Doorbells` has a socket for each peer. A transport rings its peers, then collects all of theirs; it sleeps in poll meanwhile, and
+wakes for one peer at a time, since a wake per peer costs more than reading the others late. The first missing peer's bytes wake it,
+the others only by hanging up. Doorbells of later phases are kept. Used by `mapped` and `distributed`; single-threaded but for
+`wake` and `close`.
+
+Who is a suspect: a rank that has waited for half of the deadline tells its peers so (a notice); at the deadline those that are only
+waiting themselves are not blamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from flexpert.workers.transport.base import StepMissed
+
+# epoch, step, phase, round, rounds (0: a notice), offset, length
+_DOORBELL = struct.Struct("<qqiiiiqq")
+_READ_BYTES = 64 * _DOORBELL.size
+
+Key = tuple[int, int, int]  # step, phase, round
+
+
+class ProtocolError(StepMissed):
+    """A peer said what cannot be: another epoch, a phase of the past, a place outside of its buffer. It is the suspect."""
+
+
+class Doorbell(NamedTuple):
+    """rounds: how many the sender needs for this phase. What offset and length mean is the transport's matter."""
+
+    rounds: int
+    offset: int
+    length: int
+
+
+class _Peer:
+    """What one peer has said so far."""
+
+    def __init__(self, rank: int, sock: socket.socket) -> None:
+        self.rank = rank
+        self.sock = sock
+        self.kept: dict[Key, Doorbell] = {}
+        self.last: Key = (-1, -1, -1)
+        self.waits_at: Key | None = None
+        self.gone = False
+        self.rest = b""
+
+
+class Doorbells:
+    """busy: held by the transport while it uses the sockets, so that `close` from another thread waits until it let go of them."""
+
+    def __init__(self, epoch_number: int, socks: dict[int, socket.socket], *, step_timeout_s: float) -> None:
+        self.epoch_number = epoch_number
+        self.step_timeout_s = step_timeout_s
+        self.busy = threading.Lock()
+        self._peers = {rank: _Peer(rank, sock) for rank, sock in sorted(socks.items())}
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_lock = threading.Lock()
+        self._closed = False
+
+    def ring(self, rank: int, key: Key, *, rounds: int = 1, offset: int = 0, length: int = 0) -> None:
+        """A peer that is gone is noticed when its own doorbell is missing."""
+        self._send(self._peers[rank], _DOORBELL.pack(self.epoch_number, *key, rounds, 0, offset, length))
+
+    def collect(self, key: Key) -> dict[int, Doorbell]:
+        """Every peer's doorbell of `key`, by rank. Raises StepMissed."""
+        begun = time.monotonic()
+        noticed = False
+        missing = self._read(list(self._peers.values()), key)
+        while missing:
+            self._check(missing, key)
+            waited_s = time.monotonic() - begun
+            if waited_s >= self.step_timeout_s:
+                raise self._missed(missing, key)
+            if not noticed and waited_s >= self.step_timeout_s / 2:
+                noticed = True
+                self._tell_waiting(key)
+            until_s = self.step_timeout_s if noticed else self.step_timeout_s / 2
+            self._sleep(missing, until_s - waited_s)
+            missing = self._read(missing, key)
+        self.check_open(key)
+        return {rank: peer.kept.pop(key) for rank, peer in self._peers.items()}
+
+    def started(self, step: int) -> bool:
+        """Whether a peer's doorbell of (step, 0) is here. Raises StepMissed where a peer is gone."""
+        key = (step, 0, 0)
+        self.check_open(key)
+        self._read(list(self._peers.values()), key)
+        if dead := [rank for rank, peer in self._peers.items() if peer.gone]:
+            raise StepMissed(f"epoch {self.epoch_number}, before {_name(key)}: ranks {dead} are gone", dead)
+        return any(key in peer.kept for peer in self._peers.values())
+
+    def wait(self, step: int, timeout_s: float | None) -> bool:
+        """Until `started(step)`, `wake` or the time is up."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        poller = select.poll()
+        poller.register(self._wake, select.POLLIN)
+        for peer in self._peers.values():
+            poller.register(peer.sock, select.POLLIN | select.POLLRDHUP)
+        while not self.started(step):
+            remaining_ms = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+            events = poller.poll(remaining_ms)
+            self.check_open((step, 0, 0))
+            if not events:
+                return self.started(step)
+            if any(descriptor == self._wake for descriptor, _ in events):
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake)
+                return self.started(step)
+        return True
+
+    def wake(self) -> None:
+        """End a `wait` that runs, or the next one at once. From any thread."""
+        with self._wake_lock:
+            if not self._closed:
+                os.eventfd_write(self._wake, 1)
+
+    def gone(self) -> list[int]:
+        """The peers whose sockets have ended, as far as was read."""
+        for peer in self._peers.values():
+            self._read_one(peer)
+        return [rank for rank, peer in self._peers.items() if peer.gone]
+
+    def close(self) -> None:
+        """From any thread; idempotent. Peers see the end at once, a `collect` or `wait` that runs raises StepMissed."""
+        with self._wake_lock:
+            if self._closed:
+                return
+            self._closed = True
+            os.eventfd_write(self._wake, 1)
+        for peer in self._peers.values():
+            with contextlib.suppress(OSError):
+                peer.sock.shutdown(socket.SHUT_RDWR)
+        with self.busy:
+            for peer in self._peers.values():
+                peer.sock.close()
+            os.close(self._wake)
+
+    def _read(self, peers: Sequence[_Peer], key: Key) -> list[_Peer]:
+        """Read what is here of those of `peers` whose `key` is missing; returns those that are missing still."""
+        missing = []
+        for peer in peers:
+            if key not in peer.kept:
+                self._read_one(peer)
+                if key not in peer.kept:
+                    missing.append(peer)
+        return missing
+
+    def _read_one(self, peer: _Peer) -> None:
+        if peer.gone or self._closed:
+            return
+        try:
+            data = peer.sock.recv(_READ_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            peer.gone = True
+            return
+        data = peer.rest + data
+        whole = len(data) - len(data) % _DOORBELL.size
+        peer.rest = data[whole:]
+        for epoch, step, phase, round_, rounds, _, offset, length in _DOORBELL.iter_unpack(data[:whole]):
+            self._keep(peer, epoch, (step, phase, round_), Doorbell(rounds, offset, length))
+
+    def _keep(self, peer: _Peer, epoch: int, key: Key, doorbell: Doorbell) -> None:
+        if epoch != self.epoch_number:
+            raise ProtocolError(
+                f"rank {peer.rank} exchanges in epoch {epoch}, this is {self.epoch_number}", [peer.rank]
+            )
+        if doorbell.rounds == 0:
+            peer.waits_at = key
+            return
+        if key <= peer.last:
+            raise ProtocolError(f"rank {peer.rank} is at {_name(key)} after {_name(peer.last)}", [peer.rank])
+        peer.last = key
+        peer.kept[key] = doorbell
+
+    def _check(self, missing: Sequence[_Peer], key: Key) -> None:
+        """Raise where one of `missing` will never send `key`."""
+        self.check_open(key)
+        if dead := [peer.rank for peer in missing if peer.gone]:
+            raise StepMissed(f"epoch {self.epoch_number}, {_name(key)}: ranks {dead} are gone", dead)
+        for peer in missing:
+            if peer.last > key and key not in peer.kept:
+                raise ProtocolError(f"rank {peer.rank} is at {_name(peer.last)} and left out {_name(key)}", [peer.rank])
+
+    def check_open(self, key: Key) -> None:
+        """Raises StepMissed, with nobody to blame, after `close`."""
+        if self._closed:
+            raise StepMissed(f"epoch {self.epoch_number}, {_name(key)}: the transport is closed", ())
+
+    def _sleep(self, missing: Sequence[_Peer], timeout_s: float) -> None:
+        poller = select.poll()
+        poller.register(missing[0].sock, select.POLLIN | select.POLLRDHUP)
+        for peer in missing[1:]:
+            poller.register(peer.sock, select.POLLRDHUP)
+        poller.poll(timeout_s * 1000 + 1)
+
+    def _missed(self, missing: Sequence[_Peer], key: Key) -> StepMissed:
+        ranks = [peer.rank for peer in missing]
+        idle = [peer.rank for peer in missing if peer.waits_at is None or peer.waits_at != peer.last]
+        text = f"epoch {self.epoch_number}, {_name(key)}: ranks {ranks} took no part within {self.step_timeout_s:g} s"
+        return StepMissed(text, idle or ranks)
+
+    def _tell_waiting(self, key: Key) -> None:
+        for peer in self._peers.values():
+            self._send(peer, _DOORBELL.pack(self.epoch_number, *key, 0, 0, 0, 0))
+
+    def _send(self, peer: _Peer, data: bytes) -> None:
+        if peer.gone or self._closed:
+            return
+        try:
+            sent = peer.sock.send(data, socket.MSG_DONTWAIT)
+        except (
+            BlockingIOError
+        ):  # in lockstep a peer owes us at most a phase: only one that never reads fills the socket
+            sent = 0
+        except OSError:  # what it had sent before is read still
+            return
+        if sent != len(data):
+            raise ProtocolError(f"rank {peer.rank} has stopped reading its doorbells", [peer.rank])
+
+
+def _name(key: Key) -> str:
+    step, phase, round_ = key
+    return f"step {step} phase {phase}" + (f" round {round_}" if round_ else "")
