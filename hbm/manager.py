@@ -15,7 +15,7 @@ from flexpert.hbm import messages as m
 from flexpert.hbm.backend import Backend
 from flexpert.hbm.books import Books
 from flexpert.hbm.describe import describe
-from flexpert.hbm.errors import HbmError, ProtocolError
+from flexpert.hbm.errors import HbmError, NotFoundError, ProtocolError
 from flexpert.hbm.granules import Extent
 from flexpert.hbm.host import sealed_memfd
 from flexpert.hbm.loop import EventLoop
@@ -224,8 +224,9 @@ class Manager:
             self._done(client_id, message.request)
 
     def _usable_arena(self, lease_id: int, client_id: int) -> Arena:
-        arena = self.books.arena_of(lease_id, client_id)
-        assert arena.lease is not None
+        arena = self.books.leases.get(lease_id)
+        if arena is None or arena.lease is None or arena.lease.client_id != client_id:
+            raise NotFoundError(f"lease {lease_id} is not held by this client")
         if arena.lease.faulted:
             raise HbmError(f"arena {arena.name!r}: an earlier operation on it was refused; it has to be opened anew")
         return arena

@@ -66,6 +66,12 @@ class MappedWeights:
             self.segments[name] = MappedSegment(address, nbytes)
             address += sum(count for _start, count in parts) * GRANULE_BYTES
 
+    def __enter__(self) -> MappedWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Unmap; no view of the memory may be used afterwards."""
         if self._range is not None:
@@ -99,6 +105,12 @@ class ExportedSegments:
                 parts.append((extent.start * GRANULE_BYTES, size))
                 rest -= size
             self.extents[name] = parts
+
+    def __enter__(self) -> ExportedSegments:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def withdraw(self) -> None:
         """The path is gone, the hold is not."""

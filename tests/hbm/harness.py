@@ -1,5 +1,5 @@
-"""What the suite's tests and fixtures share: another process to play the client, waits that end, the end of a
-manager.
+"""What the suite's tests and fixtures share: another process to play the client, a load in the background, waits that
+end, the end of a manager.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
-from flexpert.hbm import stop_manager
+from flexpert.hbm import HbmClient, HbmError, LoadPlan, ManagerHandle, stop_manager
 from flexpert.hbm.launch import environment
 from flexpert.hbm.paths import ManagerPaths, lock_holder
 
@@ -68,6 +69,36 @@ class Child:
         os.kill(self.pid, signal.SIGSTOP)
         _pid, status = os.waitpid(self.pid, os.WUNTRACED)
         assert os.WIFSTOPPED(status)
+
+
+class BackgroundLoad:
+    """`load_weights` in a thread; `progressed` is readable once the helper has reported."""
+
+    def __init__(self, client: HbmClient, plan: LoadPlan, key: str = "w") -> None:
+        self.error: Exception | None = None
+        self.progressed, self._report = os.pipe()
+        self._client, self._plan, self._key = client, plan, key
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._client.load_weights(self._key, self._plan, on_progress=lambda *_: os.write(self._report, b"."))
+        except HbmError as error:
+            self.error = error
+
+    def join(self) -> Exception | None:
+        self.thread.join(WAIT_S)
+        assert not self.thread.is_alive()
+        os.close(self.progressed)
+        os.close(self._report)
+        return self.error
+
+
+def helper_pid(manager: ManagerHandle) -> int:
+    children = Path(f"/proc/{manager.pid}/task/{manager.pid}/children").read_text().split()
+    assert len(children) == 1
+    return int(children[0])
 
 
 class ChildError(Exception):

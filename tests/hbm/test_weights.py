@@ -6,14 +6,13 @@ import json
 import os
 import signal
 import struct
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.hbm.harness import WAIT_S, Child, readable, wait_for_exit
+from tests.hbm.harness import WAIT_S, BackgroundLoad, Child, helper_pid, readable, wait_for_exit
 
 from flexpert.hbm import (
     GRANULE_BYTES,
@@ -21,7 +20,6 @@ from flexpert.hbm import (
     BusyError,
     Copy,
     HbmClient,
-    HbmError,
     LoadError,
     LoadPlan,
     ManagerHandle,
@@ -214,36 +212,6 @@ def slow_file(tmp_path: Path) -> Iterator[Path]:
     os.mkfifo(path)
     yield path
     path.unlink()
-
-
-class BackgroundLoad:
-    """`load_weights` in a thread; `progressed` is readable once the helper has reported."""
-
-    def __init__(self, client: HbmClient, plan: LoadPlan) -> None:
-        self.error: Exception | None = None
-        self.progressed, self._report = os.pipe()
-        self._client, self._plan = client, plan
-        self.thread = threading.Thread(target=self._run)
-        self.thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._client.load_weights("w", self._plan, on_progress=lambda *_: os.write(self._report, b"."))
-        except HbmError as error:
-            self.error = error
-
-    def join(self) -> Exception | None:
-        self.thread.join(WAIT_S)
-        assert not self.thread.is_alive()
-        os.close(self.progressed)
-        os.close(self._report)
-        return self.error
-
-
-def helper_pid(manager: ManagerHandle) -> int:
-    children = Path(f"/proc/{manager.pid}/task/{manager.pid}/children").read_text().split()
-    assert len(children) == 1
-    return int(children[0])
 
 
 def test_a_helper_killed_in_the_middle_fails_the_load_with_a_reason_and_it_can_be_repeated(
