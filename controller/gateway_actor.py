@@ -5,13 +5,42 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flexpert.controller import ray_cluster
+from flexpert.controller.errors import AdminError
 from flexpert.workers.actor import StartFailure
 from flexpert.workers.process_log import open_process_log
 
 log = logging.getLogger(__name__)
+
+
+class ControllerCalls:
+    """What the admin API asks, asked of the controller by its name: a restarted one is found by the next call."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._actor: Any = None
+
+    async def __call__(self, method: str, *arguments: Any) -> Any:
+        """Raises AdminError, or ControllerAway where there is none just now."""
+        from flexpert.controller.gateway import ControllerAway
+
+        if self._actor is None:
+            self._actor = await asyncio.to_thread(
+                ray_cluster.find_actor, self._name
+            )  # may wait for Ray; streams do not
+        if self._actor is None:
+            raise ControllerAway(f"no actor {self._name!r}")
+        try:
+            return await ray_cluster.call(self._actor, method, *arguments)
+        except AdminError as error:  # in Ray's own class, whose text is a traceback
+            raise AdminError(error.code, error.message) from None
+        except ray_cluster.ActorGone as error:
+            self._actor = None
+            raise ControllerAway(str(error)) from error
 
 
 class GatewayActor:
@@ -25,8 +54,9 @@ class GatewayActor:
         """Listen with `config` (fields of GatewayConfig); returns the port, or the failure."""
         from flexpert.controller.gateway import Gateway, GatewayConfig, GatewayError
 
+        controller = config.pop("controller", "")
         try:
-            gateway = Gateway(GatewayConfig(**config))
+            gateway = Gateway(GatewayConfig(**config), call_controller=ControllerCalls(controller))
             await gateway.start()
         except GatewayError as error:
             log.error("the gateway did not start: %s", error)
@@ -38,11 +68,11 @@ class GatewayActor:
         self._gateway = gateway
         return {"pid": os.getpid(), "port": gateway.port}
 
-    async def set_workers(self, workers: list[tuple[str, str]]) -> None:
-        """The workers that serve now: (worker id, address)."""
+    async def set_workers(self, workers: Sequence[tuple[str, str] | tuple[str, str, bool]]) -> None:
+        """The workers that serve now: (worker id, address), and True behind them where it drains. One that is left out is gone."""
         from flexpert.controller.gateway import WorkerAddress
 
-        self._gateway.set_workers([WorkerAddress(worker_id, address) for worker_id, address in workers])
+        self._gateway.set_workers([WorkerAddress(*worker) for worker in workers])
 
     async def pid(self) -> int:
         return os.getpid()

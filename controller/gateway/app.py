@@ -19,7 +19,9 @@ from starlette.responses import JSONResponse, Response
 
 import flexpert
 from flexpert.controller.gateway import schema
+from flexpert.controller.gateway.admin import ControllerDesk, admin_router
 from flexpert.controller.gateway.admission import Admission
+from flexpert.controller.gateway.cluster import ClusterFacts
 from flexpert.controller.gateway.errors import ApiError, bad_request, internal_error
 from flexpert.controller.gateway.generation import Generation, Ticket
 from flexpert.controller.gateway.metrics import GatewayMetrics
@@ -57,6 +59,8 @@ class Parts:
     pool: WorkerPool
     admission: Admission
     metrics: GatewayMetrics
+    desk: ControllerDesk
+    cluster: ClusterFacts
 
     @property
     def fingerprint(self) -> str:
@@ -76,6 +80,7 @@ def build_app(parts: Parts, *, draining: Any) -> FastAPI:
     _add_operations(app, parts, draining)
     _add_models(app, parts)
     _add_inference(app, parts)
+    app.include_router(admin_router(parts.desk))
     _drop_unused_answers(app.openapi())
     return app
 
@@ -84,7 +89,8 @@ def _drop_unused_answers(document: dict[str, Any]) -> None:
     """FastAPI documents its own 422 for every body; here an invalid body is a 400. The document is made once and kept."""
     for path in document["paths"].values():
         for operation in path.values():
-            operation["responses"].pop("422", None)
+            if operation["responses"].get("422", {}).get("description") == "Validation Error":
+                del operation["responses"]["422"]
     for name in ("HTTPValidationError", "ValidationError"):
         document["components"]["schemas"].pop(name, None)
 
@@ -219,6 +225,7 @@ def _add_operations(app: FastAPI, parts: Parts, draining: Any) -> None:
     @app.get("/metrics", tags=["operations"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """Prometheus text format."""
+        await parts.cluster.refresh()
         return Response(parts.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 

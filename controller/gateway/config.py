@@ -21,8 +21,8 @@ class WorkerAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig:
-    """`port` 0 lets the kernel choose. No `api_keys`: no key is asked for. `max_queued` counts choices that wait beyond what the workers
-    run at once; the next one gets 429."""
+    """`port` 0 lets the kernel choose. No `api_keys`: no key is asked for; no `admin_keys`: the admin API is off.
+    `max_queued` counts choices that wait beyond what the workers run at once; the next one gets 429."""
 
     model_id: str
     model_dir: Path
@@ -30,6 +30,7 @@ class GatewayConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    admin_keys: tuple[str, ...] = field(default=(), repr=False)
     worker_addresses: tuple[WorkerAddress, ...] = ()
     gateway_id: str = "gateway-0"
     max_queued: int = 512
@@ -45,5 +46,9 @@ class GatewayConfig:
                 f"max_queued {self.max_queued}, max_body_bytes {self.max_body_bytes}, drain_timeout_s {self.drain_timeout_s}: "
                 "expected at least 0, 1 and 0"
             )
-        if any(not key for key in self.api_keys):
+        if any(not key for key in (*self.api_keys, *self.admin_keys)):
             raise GatewayError("an API key is empty; remove it, or pass no keys at all to serve without authentication")
+        if set(self.api_keys) & set(self.admin_keys):
+            raise GatewayError(
+                "a key is both an API key and an admin key; whoever may ask the model could end it: draw another"
+            )

@@ -7,8 +7,6 @@ drains, and counts how requests ended. No body is parsed here.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import secrets
 import time
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexpert.controller.gateway.errors import ApiError, error_body, shutting_down
+from flexpert.controller.gateway.keys import AdminKeys, ApiKeys
 from flexpert.controller.gateway.metrics import GatewayMetrics
 from flexpert.controller.gateway.responses import OUTCOME_KEY
 
@@ -27,33 +26,21 @@ _DISCARD_S = 5.0
 _DISCARD_BODIES = 8
 
 
-class ApiKeys:
-    """Several keys, each compared in full and in constant time. None at all: everybody may come in."""
-
-    def __init__(self, keys: tuple[str, ...]) -> None:
-        self._digests = [_digest(key) for key in keys]
-
-    def check(self, headers: Headers) -> ApiError | None:
-        if not self._digests:
-            return None
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not given.strip():
-            return _unauthorised("No API key was given. Send it as 'Authorization: Bearer <key>'.", "missing_api_key")
-        digest = _digest(given.strip())
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return (
-            None if any(matches) else _unauthorised("The API key is not one of this server's keys.", "invalid_api_key")
-        )
-
-
 class Front:
     """Wraps the application. `draining` is asked for each request."""
 
     def __init__(
-        self, app: ASGIApp, *, keys: ApiKeys, max_body_bytes: int, draining: Callable[[], bool], metrics: GatewayMetrics
+        self,
+        app: ASGIApp,
+        *,
+        keys: ApiKeys,
+        admin_keys: AdminKeys,
+        max_body_bytes: int,
+        draining: Callable[[], bool],
+        metrics: GatewayMetrics,
     ) -> None:
         self._app = app
-        self._keys = keys
+        self._keys, self._admin_keys = keys, admin_keys
         self._max_body_bytes = max_body_bytes
         self._draining = draining
         self._metrics = metrics
@@ -97,6 +84,8 @@ class Front:
                 return error
             if self._draining() and scope["method"] == "POST":
                 return shutting_down()
+        elif scope["path"].startswith("/admin/") and (error := self._admin_keys.check(headers)) is not None:
+            return error
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self._max_body_bytes:
             return _too_large(self._max_body_bytes)
@@ -181,11 +170,3 @@ def _too_large(limit_bytes: int) -> ApiError:
     return ApiError(
         413, f"The request's body is larger than the {limit_bytes} bytes that this server reads.", code="body_too_large"
     )
-
-
-def _unauthorised(message: str, code: str) -> ApiError:
-    return ApiError(401, message, code=code, headers={"WWW-Authenticate": "Bearer"})
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

@@ -50,7 +50,7 @@ class GatewayMetrics:
         connections: Mapping[str, int],
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
         self.ttft = self._histogram(
             "ttft_seconds", "Arrival of a request to the first token of a choice.", _TTFT_BUCKETS_S
         )
@@ -70,31 +70,31 @@ class GatewayMetrics:
             "flexpert_requests",
             "Requests to the inference endpoints by outcome.",
             ["endpoint", "outcome"],
-            registry=self._registry,
+            registry=self.registry,
         )
         self.prompt_tokens = Counter(
-            "flexpert_prompt_tokens", "Prompt tokens of finished requests.", registry=self._registry
+            "flexpert_prompt_tokens", "Prompt tokens of finished requests.", registry=self.registry
         )
         self.cached_tokens = Counter(
             "flexpert_cached_prompt_tokens",
             "Prompt tokens that a worker reused from its cache.",
-            registry=self._registry,
+            registry=self.registry,
         )
         self.generation_tokens = Counter(
-            "flexpert_generation_tokens", "Tokens generated for clients.", registry=self._registry
+            "flexpert_generation_tokens", "Tokens generated for clients.", registry=self.registry
         )
         self._gauge("flexpert_requests_live", "Choices that are queued or running.", live)
         self._gauge("flexpert_requests_waiting", "Choices that no worker has taken yet.", waiting)
-        self._registry.register(_WorkerCollector(links, connections))
+        self.registry.register(_WorkerCollector(links, connections))
 
     def render(self) -> bytes:
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"flexpert_request_{name}", text, buckets=buckets, registry=self._registry)
+        return Histogram(f"flexpert_request_{name}", text, buckets=buckets, registry=self.registry)
 
     def _gauge(self, name: str, text: str, read: Callable[[], int]) -> None:
-        Gauge(name, text, registry=self._registry).set_function(read)
+        Gauge(name, text, registry=self.registry).set_function(read)
 
 
 class _WorkerCollector(Collector):

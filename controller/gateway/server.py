@@ -18,11 +18,14 @@ import uvicorn
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from flexpert.controller.gateway.admin import CallController, ControllerDesk
 from flexpert.controller.gateway.admission import Admission
 from flexpert.controller.gateway.app import Parts, build_app
+from flexpert.controller.gateway.cluster import ClusterFacts
 from flexpert.controller.gateway.config import GatewayConfig, GatewayError, WorkerAddress
 from flexpert.controller.gateway.errors import shutting_down
-from flexpert.controller.gateway.front import ApiKeys, Front
+from flexpert.controller.gateway.front import Front
+from flexpert.controller.gateway.keys import AdminKeys, ApiKeys
 from flexpert.controller.gateway.metrics import GatewayMetrics
 from flexpert.controller.gateway.pool import WorkerPool
 from flexpert.controller.gateway.tokenizer import ModelTokenizer
@@ -44,10 +47,13 @@ class _Server(uvicorn.Server):
 
 
 class Gateway:
-    """`await start()`, then `port` is bound and serves; `await drain_and_stop()` ends it. `await serve()` does the first and waits."""
+    """`await start()`, then `port` is bound and serves; `await drain_and_stop()` ends it. `await serve()` does the first and waits.
 
-    def __init__(self, config: GatewayConfig) -> None:
+    call_controller: how the admin API and the metrics reach the controller; without it they know of none."""
+
+    def __init__(self, config: GatewayConfig, *, call_controller: CallController | None = None) -> None:
         self.config = config
+        self._call_controller = call_controller
         self.port = config.port
         self._workers = tuple(config.worker_addresses)
         self._draining = False
@@ -132,17 +138,21 @@ class Gateway:
             links=lambda: pool.links,
             connections=pool.connections,
         )
-        parts = Parts(
+        self._parts = parts = Parts(
             model_id=self.config.model_id,
             created=int(time.time()),
             tokenizer=tokenizer,
             pool=pool,
             admission=self._admission,
             metrics=metrics,
+            desk=ControllerDesk(self._call_controller),
+            cluster=ClusterFacts(self._call_controller, registry=metrics.registry),
         )
+        keys = ApiKeys(self.config.api_keys)
         app: ASGIApp = Front(
             build_app(parts, draining=lambda: self._draining),
-            keys=ApiKeys(self.config.api_keys),
+            keys=keys,
+            admin_keys=AdminKeys(self.config.admin_keys, api_keys=keys),
             max_body_bytes=self.config.max_body_bytes,
             draining=lambda: self._draining,
             metrics=metrics,

@@ -306,7 +306,7 @@ class Harness:
         self.workers.append(self.run(make()))
         return self.workers[-1]
 
-    def gateway(self, *, wait: bool = True, **settings: Any) -> Gateway:
+    def gateway(self, *, wait: bool = True, call_controller: Any = None, **settings: Any) -> Gateway:
         config = GatewayConfig(
             **{
                 "model_id": MODEL_ID,
@@ -320,7 +320,7 @@ class Harness:
         )
 
         async def make() -> Gateway:
-            gateway = Gateway(config)
+            gateway = Gateway(config, call_controller=call_controller)
             await gateway.start()
             return gateway
 

@@ -10,7 +10,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from flexpert.controller.gateway import schema
+from flexpert.controller.errors import ADMIN_CODES
+from flexpert.controller.gateway import admin_schema, schema
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +28,24 @@ def test_every_parameter_is_documented(page: str, model: Any) -> None:
     assert set(model.model_fields) - named(page) == set()
 
 
+def test_every_field_of_the_admin_api_is_documented(page: str) -> None:
+    promised = [admin_schema.ScaleRequest, admin_schema.DrainRequest, admin_schema.Transition]
+    assert {name for model in promised for name in model.model_fields} - named(page) - {"workers"} == set()
+
+
 def test_ignored_and_refused_parameters_are_documented(page: str) -> None:
     assert (schema.IGNORED | set(schema.UNSUPPORTED)) - named(page) == set()
 
 
 def test_every_error_code_is_documented(page: str, repository: Path) -> None:
     sources = "".join(path.read_text() for path in (repository / "controller" / "gateway").glob("*.py"))
-    codes = set(re.findall(r'code="([a-z_]+)"', sources)) | {"missing_api_key", "invalid_api_key"}
+    codes = set(re.findall(r'code="([a-z_]+)"', sources)) | {
+        "missing_api_key",
+        "invalid_api_key",
+        "missing_admin_key",
+        "invalid_admin_key",
+        *ADMIN_CODES,
+    }
     assert codes - named(page) == set()
 
 

@@ -156,7 +156,7 @@ def test_gateway_and_tokenizer_import_no_torch(model_dir: Path, repository: Path
         "import sys; from pathlib import Path; import flexpert.controller.gateway as g\n"
         "from flexpert.controller.gateway.tokenizer import ModelTokenizer\n"
         f"t = ModelTokenizer.load(Path({str(model_dir)!r})); t.render_chat([dict(role='user', content='x')], {{}})\n"
-        "assert sorted(g.__all__) == ['Gateway', 'GatewayConfig', 'GatewayError', 'WorkerAddress']\n"
+        "assert sorted(g.__all__) == ['ControllerAway', 'Gateway', 'GatewayConfig', 'GatewayError', 'WorkerAddress']\n"
         "sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": str(repository / "src")}, check=False)

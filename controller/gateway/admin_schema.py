@@ -1,0 +1,109 @@
+"""The bodies of the admin API, for validation and for the OpenAPI document.
+
+What the controller tells passes through: fields that are named here are promised, further ones may come.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flexpert.controller.gateway.schema import MAX_INT
+
+RequestId = Annotated[
+    str,
+    Field(
+        min_length=1, max_length=128, pattern=r"^[!-~]+$",
+        description="Sent again with the same id, a request changes nothing and tells of the transition it began. Default: a new one.",
+    ),
+]  # fmt: skip
+
+
+class _Told(BaseModel):
+    """From the controller."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class ScaleRequest(_Asked):
+    """POST /admin/v1/scale."""
+
+    workers: int = Field(ge=-MAX_INT, le=MAX_INT, description="How many are to serve: 1 to the number of devices.")
+    request_id: RequestId | None = None
+
+
+class DrainRequest(_Asked):
+    """POST /admin/v1/workers/{worker_id}/drain; the body may be left out."""
+
+    request_id: RequestId | None = None
+
+
+class Member(_Told):
+    worker_id: str
+    role: str = Field("", description="stays, joins, leaves or left out")
+    step: str = Field("", description="What it does now: process, start, prepare, commit, retire, abort, release.")
+    done: bool = False
+    moved_bytes: int = 0
+
+
+class Transition(_Told):
+    """The change from one set of workers to another: how far it is, or how it ended."""
+
+    transition_id: str
+    request_id: str = ""
+    state: Literal["running", "done", "aborted", "failed"]
+    kind: str = Field("", description="boot, scale, drain, repair, reload or rejoin")
+    phase: str = Field("", description="start, prepare, commit, retire, abort or ended")
+    from_workers: list[str] = []
+    to_workers: list[str] = []
+    epoch: int | None = None
+    moved_bytes: int = 0
+    total_bytes: int = 0
+    deadline_s: float | None = Field(None, description="Seconds left for this phase; then the transition is aborted.")
+    reason: str = ""
+    members: list[Member] = []
+
+
+class CurrentTransition(BaseModel):
+    transition: Transition | None = Field(
+        description="The one that runs, else the last one, null where there was none."
+    )
+
+
+class Worker(_Told):
+    worker_id: str
+
+
+class WorkerList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Worker]
+
+
+class ClusterStatus(_Told):
+    """Everything `flexpert status --json` shows."""
+
+    name: str
+    phase: str
+    ready: bool
+    epoch: int
+    model: str
+    workers: list[dict[str, Any]] = []
+    transition: dict[str, Any] | None = None
+
+
+class Event(_Told):
+    sequence: int
+    time_s: float = Field(description="Seconds since 1970.")
+    kind: str
+    text: str
+
+
+class EventList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Event]
+    last: int = Field(description="Number of the newest event; ask with after=last for what comes next.")
