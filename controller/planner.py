@@ -123,6 +123,25 @@ def plan(
     )
 
 
+def keep(
+    *,
+    holders: Holders,
+    members: Sequence[str],
+    held: Mapping[str, Iterable[int]],
+    slabs_per_group: int = 1,
+    slab_bytes: int = 1,
+) -> Plan:
+    """The placement as it is, for the same members: what those must fetch whose groups are not `held` any more."""
+    flat = [ranks for layer in holders for ranks in layer]
+    return Plan(
+        members=tuple(members),
+        holders=holders,
+        fetches=_fetches(flat[::slabs_per_group], members, {worker: sorted(groups) for worker, groups in held.items()}),
+        slabs_per_group=slabs_per_group,
+        slab_bytes=slab_bytes,
+    )
+
+
 def _group_loads(load: Sequence[Sequence[float]], size: int) -> list[float]:
     flat = [value for layer in load for value in layer]
     return flat if size == 1 else [sum(flat[first : first + size]) for first in range(0, len(flat), size)]

@@ -45,8 +45,8 @@ class Deadlines:
     """How long each phase may take. process_s: how long a repair waits for a process before it goes on without that worker."""
 
     process_s: float = 2.0
-    start_s: float = 120.0
-    prepare_s: float = 120.0
+    start_s: float = 600.0
+    prepare_s: float = 300.0
     commit_s: float = 10.0
     retire_s: float = 20.0
     abort_s: float = 5.0
@@ -207,7 +207,8 @@ class Expired:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """The controller was restarted and has restored the machine; live: (worker_id, process) of the processes that were found."""
+    """The controller was restarted and has restored the machine; live: (worker_id, process) of the processes that were
+    found with a worker's name; idle standbys are not among them. Those that the machine does not know are killed."""
 
     live: tuple[tuple[str, str], ...]
 
@@ -234,9 +235,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class GiveProcess:
-    """Set a warm process aside for this worker (spawn one where none is left) and see that its device's manager runs; then ProcessReady."""
+    """Set a warm process aside for this worker (spawn one where none is left) and see that its device's manager runs; then ProcessReady.
+    attempt: how many processes failed at it in this transition; a pause before the next is the receiver's to make."""
 
     worker_id: str
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +341,7 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """Send Expired(deadline_id) after after_s; all other deadlines are void."""
+    """Send Expired(deadline_id) after after_s. One runs at a time: earlier ones are void, and one that comes late changes nothing."""
 
     deadline_id: str
     after_s: float
