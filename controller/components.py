@@ -166,6 +166,8 @@ class Components:
             "host": spec.host,
             "port": self.port,
             "api_keys": spec.api_keys,
+            "admin_keys": spec.admin_keys,
+            "controller": self._name("controller"),
             "gateway_id": name,
             "drain_timeout_s": spec.drain_timeout_s,
         }
