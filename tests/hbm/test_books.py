@@ -186,6 +186,89 @@ def test_a_reader_that_mapped_twice_has_to_let_go_twice() -> None:
     assert books.check() == []
 
 
+def test_a_segment_that_is_dropped_while_it_is_loaded_takes_its_whole_load_along() -> None:
+    books = books_with(0)
+    loaded(books, {"a": 1})
+    load = books.begin_load("w", {"b": 200, "c": 1}, b"")
+    assert books.weights.drop("w", ["a", "c"]) == [load.load_id]
+    assert "w" not in books.weights.sets
+    loaded(books, {"b": 100})  # its name is free
+    assert books.ledger.pool.num_free == NUM_GRANULES - 4  # its granules are not, before the helper's exit
+    assert books.check() == []
+    with pytest.raises(HbmError, match="can only fail"):
+        books.weights.load_ready(load.load_id)
+    books.weights.load_failed(load.load_id, "dropped")
+    assert books.ledger.pool.num_free == NUM_GRANULES - 1
+    assert (books.weights.ready_segments("w"), books.weights.failures) == ({"b": 100}, {})
+    assert books.check() == []
+
+
+def test_a_failed_load_keeps_its_reason_only_where_the_key_has_nothing() -> None:
+    books = books_with(0)
+    books.weights.load_failed(books.begin_load("w", {"a": 1}, b"").load_id, "no file")
+    with pytest.raises(NotFoundError, match="loading failed: no file"):
+        books.weights.pin("w", None, 1)
+    loaded(books, {"a": 1})
+    books.weights.load_failed(books.begin_load("w", {"b": 1}, b"").load_id, "no file")
+    assert (books.weights.failures, books.weights.ready_segments("w")) == ({}, {"a": 1})
+
+
+def test_what_is_outstanding_is_what_nobody_has_and_a_load_to_wait_for() -> None:
+    books = books_with(0)
+    loaded(books, {"a": 1})
+    load = books.begin_load("w", {"b": 1}, b"")
+    assert books.weights.outstanding("w", {"a": 1, "b": 1, "c": 9}) == ({"c": 9}, load.load_id)
+    assert books.weights.outstanding("w", {"a": 1}) == ({}, None)
+    assert books.weights.outstanding("v", {"a": 7}) == ({"a": 7}, None)
+    for wrong in ({}, {"c": 0}, {"a": 2}):
+        with pytest.raises(LoadError):
+            books.weights.outstanding("w", wrong)
+
+
+def test_a_waiter_that_takes_the_arena_as_it_is_gets_what_it_grew_to() -> None:
+    books = books_with(1, 2)
+    arena = books.arena_of(leased(books, 1).lease_id, 1)
+    books.claim(arena, 1, "r")
+    assert books.open_arena(2, "kv", AS_IT_IS, request=7) == (None, None)
+    books.grow_arena(arena, 3)
+    books.shrink_arena(arena, [Extent(0, 1), Extent(2, 2)])
+    [freed] = books.client_exited(1)
+    books.grant_waiter(freed)
+    assert (arena is books.arenas["kv"], arena.geometry, arena.table[1].request_id) == (True, Geometry(2, 4, 4), "r")
+    assert arena.extents == (Extent(1, 1), Extent(4, 3))
+    assert books.check() == []
+
+
+def test_the_audit_sees_wrong_pins_loads_and_lost_names() -> None:
+    books = books_with(0)
+    loaded(books, {"a": 1, "b": 1})
+    books.weights.pin("w", ["a"], 1)
+    a, b = books.weights.sets["w"].segments.values()
+    for change, message in (
+        (lambda: setattr(a, "num_pins", 0), "'a': 0 pins are entered, 1 are held"),
+        (lambda: setattr(b, "num_pins", 2), "'b': 2 pins are entered, 0 are held"),
+        (lambda: setattr(b, "load_id", 99), "load 99 is not known"),
+        (lambda: setattr(b, "dropped", True), "dropped=True, under its name=True"),
+        (lambda: setattr(b, "nbytes", 101), "are not the granules of 101 bytes"),
+        (lambda: books.weights.sets["w"].segments.pop("b"), "granule 1 is entered for owner"),
+        (lambda: books.weights.sets["w"].segments.clear(), "weights 'w' have no segment"),
+        (lambda: books.clients.clear(), "its reader, client 1, is not known"),
+    ):
+        change()
+        assert any(message in finding for finding in books.check()), message
+
+
+def test_the_audit_sees_an_arena_whose_granules_do_not_add_up() -> None:
+    books = books_with(1)
+    arena = books.arena_of(leased(books, 1).lease_id, 1)
+    arena.extents = (Extent(0, 2), Extent(2, 2))
+    assert any("its extents touch" in finding for finding in books.check())
+    arena.extents = (Extent(0, 3),)
+    findings = "\n".join(books.check())
+    assert "does not have its Geometry" in findings
+    assert "granule 3 is entered for owner" in findings
+
+
 def test_the_audit_sees_a_granule_with_two_owners() -> None:
     books = books_with(1)
     leased(books, 1)

@@ -183,3 +183,12 @@ def test_an_arena_whose_operations_were_refused_neither_grows_nor_shrinks(connec
         with pytest.raises(HbmError, match="has to be opened anew"):
             call()
     assert client.info().arenas[0].granules == 8
+
+
+def test_granules_that_come_after_their_caller_gave_up_are_given_back(connect: Connect) -> None:
+    client = connect(1)
+    kv = client.open_kv_arena("kv", **SHAPE, granules=8)
+    [extent] = client.grow_arena(kv._lease_id, 4)
+    client._deliver(messages.GrownReply(1 << 40, kv._lease_id, [(extent.start, extent.length)]), [])
+    assert client.info().arenas[0].granules == 8
+    kv.flush()

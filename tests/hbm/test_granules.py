@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexpert.hbm.granules import Extent, GranulePool, ids_of, runs_of
+from flexpert.hbm.granules import Extent, GranulePool, ids_of, joined, runs_of, split, without
 
 
 def test_a_new_pool_gives_one_run() -> None:
@@ -77,3 +78,47 @@ def test_runs_cover_the_list_in_order_and_are_as_long_as_can_be(granules: list[i
     for (index, run), (next_index, following) in itertools.pairwise(runs):
         assert index + run.length == next_index
         assert run.end != following.start
+
+
+EXTENTS = st.lists(st.builds(Extent, st.integers(0, 30), st.integers(1, 6)), max_size=12)
+
+
+def granules(extents: Iterable[Extent]) -> list[int]:
+    return [granule for extent in extents for granule in range(extent.start, extent.end)]
+
+
+@given(EXTENTS)
+def test_joined_extents_are_the_same_granules_in_as_few_runs_as_can_be(extents: list[Extent]) -> None:
+    runs = list(joined(extents))
+    assert granules(runs) == granules(extents)
+    assert all(before.end != after.start for before, after in itertools.pairwise(runs))
+
+
+@given(EXTENTS, st.data())
+def test_parts_of_extents_are_all_of_them_in_order(extents: list[Extent], data: st.DataObject) -> None:
+    rest, counts = len(granules(extents)), []
+    while rest:
+        counts.append(data.draw(st.integers(1, rest)))
+        rest -= counts[-1]
+    parts = split(extents, counts)
+    assert [len(granules(part)) for part in parts] == counts
+    assert granules(extent for part in parts for extent in part) == granules(extents)
+
+
+@given(st.sets(st.integers(0, 40)), st.data())
+def test_extents_without_some_of_their_granules(whole: set[int], data: st.DataObject) -> None:
+    removed = {granule for granule in whole if data.draw(st.booleans())}
+    extents, gone = ([run for _, run in runs_of(sorted(ids))] if ids else [] for ids in (whole, removed))
+    rest = without(extents, gone)
+    assert granules(rest) == sorted(whole - removed)
+    assert list(joined(rest)) == list(rest)
+
+
+def test_what_is_given_back_is_reported_in_runs() -> None:
+    pool = GranulePool(30)
+    pool.take(30)
+    assert pool.give([Extent(10, 5), Extent(3, 2), Extent(5, 1), Extent(20, 1)]) == [
+        Extent(3, 3),
+        Extent(10, 5),
+        Extent(20, 1),
+    ]

@@ -12,12 +12,23 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.hbm.harness import WAIT_S, Child
 
-from flexpert.hbm import GRANULE_BYTES, HbmClient, HbmError, ManagerHandle, messages, wire
+from flexpert.hbm import (
+    GRANULE_BYTES,
+    HbmClient,
+    HbmError,
+    LoadError,
+    LoadPlan,
+    ManagerHandle,
+    NotFoundError,
+    messages,
+    wire,
+)
 from flexpert.hbm.launch import environment
 
 Connect = Callable[..., HbmClient]
@@ -129,6 +140,38 @@ def test_anothers_lease_cannot_be_used(holder: Callable[..., Child], connect: Co
     child.kill()
     [record] = connect(9).open_kv_arena("kv", slots=4, slot_bytes=16 * GRANULE_BYTES, granules=32).records()
     assert record.request_id == "mine"
+
+
+def test_anothers_pin_cannot_be_released(holder: Callable[..., Child], connect: Connect) -> None:
+    """Its reader would find other bytes where its weights were."""
+    victim, thief = connect(), connect()
+    victim.load_segments("w", LoadPlan({"s": 1}, []))
+    weights = victim.map_weights("w")
+    victim.drop_weights("w")
+    for pin_id in (weights._pin_id, weights._pin_id + 1, 0):
+        with pytest.raises(NotFoundError, match="no mapping of weights number"):
+            thief.release_pin(pin_id)
+    assert thief.info().free_bytes == thief.info().budget_bytes - GRANULE_BYTES
+    weights.close()
+    with pytest.raises(NotFoundError, match="no mapping"):
+        victim.release_pin(weights._pin_id)
+    assert thief.info().free_bytes == thief.info().budget_bytes
+
+
+def test_a_load_whose_copies_are_nonsense_fails_alone(connect: Connect) -> None:
+    """The manager passes them on unread; the helper, which reads them, is one load's."""
+    client = connect()
+    client.load_segments("w", LoadPlan({"dense": 1}, []))
+    for copies in (7, ["copy"], [["/etc/hostname", 0, 1, "U8", "new", 1 << 40, "U8"]]):
+        request, answers = client._begin()
+        raw = msgspec.Raw(msgspec.msgpack.encode(copies))
+        client._send(messages.LoadSegments(request, "w", {"new": 1}, b"", raw))
+        first, _ = client._next_answer(answers, timeout_s=WAIT_S)
+        assert isinstance(first, messages.Progress)
+        with pytest.raises(LoadError):
+            client._next_answer(answers, timeout_s=WAIT_S)
+    assert client.segments("w") == {"dense": 1}
+    assert client.findings() == []
 
 
 def test_half_a_message_from_a_client_that_dies_is_nothing(holder: Callable[..., Child], connect: Connect) -> None:

@@ -68,7 +68,7 @@ def test_a_drop_and_an_exit_in_one_round_are_one_end(listener: socket.socket) ->
     server.close()
 
 
-@pytest.mark.parametrize("taker", ["arena", "load"])
+@pytest.mark.parametrize("taker", ["arena", "load", "grow"])
 def test_granules_are_zero_the_moment_they_are_handed_on(listener: socket.socket, taker: str) -> None:
     server = Server(EventLoop(), HostBackend(), listener, num_granules=8, max_descriptors=256)
     manager = server.manager
@@ -84,6 +84,16 @@ def test_granules_are_zero_the_moment_they_are_handed_on(listener: socket.socket
         manager.handle(1, messages.DropArena(3, "kv"))
         if taker == "arena":
             manager.handle(1, messages.OpenArena(4, "other", 1, 8, 8))
+        elif taker == "grow":
+            manager.handle(1, messages.OpenArena(4, "other", 1, 8, 1))
+            lease = manager.books.arenas["other"].lease
+            assert lease is not None
+            memory[:] = b"\x77" * nbytes
+            manager.handle(1, messages.GrowArena(5, lease.lease_id, 6))
+            manager.handle(1, messages.ShrinkArena(6, lease.lease_id, [(1, 6)]))
+            manager.handle(1, messages.GrowArena(7, lease.lease_id, 7))
+            memory[:GRANULE_BYTES] = bytes(GRANULE_BYTES)  # never given back
+            memory[7 * GRANULE_BYTES :] = bytes(GRANULE_BYTES)  # free since the beginning
         else:
             no_copies = msgspec.Raw(msgspec.msgpack.encode([]))
             manager.handle(1, messages.LoadSegments(4, "w", {"s": nbytes}, b"", no_copies))
