@@ -1,4 +1,5 @@
-"""Not a test: a writer that fills slots with bytes that tell request and token, until it is killed.
+"""Not a test: a writer that fills slots with bytes that tell request and token, in an arena that it makes grow and
+shrink, until it is killed.
 
 Arguments: socket, fencing token. Prints first how many committed tokens of its predecessor were wrong and how many there were,
 then a dot for each step.
@@ -29,7 +30,8 @@ def say(text: str) -> None:
 socket_path, incarnation = sys.argv[1], int(sys.argv[2])
 chance = random.Random(incarnation)
 client = HbmClient.connect(socket_path, client_name="writer", fencing_token=incarnation)
-arena = client.open_kv_arena("kv", slots=SLOTS, slot_bytes=SLOT_GRANULES * GRANULE_BYTES, granules=GRANULES)
+size = GRANULES if incarnation == 1 else None
+arena = client.open_kv_arena("kv", slots=SLOTS, slot_bytes=SLOT_GRANULES * GRANULE_BYTES, granules=size)
 memory = arena.memory()
 wrong = total = 0
 for record in arena.records():
@@ -44,6 +46,12 @@ free = set(arena.granules)
 requests: dict[int, tuple[str, list[int], int]] = {}  # slot -> request id, granules, tokens written
 for step in range(1_000_000):
     slot = chance.randrange(SLOTS)
+    if len(arena.granules) < 2 * GRANULES and chance.random() < 0.2:
+        free.update(arena.grow(chance.randrange(1, 5)))
+    if len(arena.granules) > GRANULES // 2 and free and chance.random() < 0.2:
+        given = chance.sample(sorted(free), chance.randrange(1, min(len(free), 5) + 1))
+        arena.shrink(given)
+        free.difference_update(given)
     ops: list[ArenaOp] = []
     if slot not in requests or chance.random() < 0.1:
         free.update(requests[slot][1] if slot in requests else ())
