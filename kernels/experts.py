@@ -64,6 +64,7 @@ class ExpertSlabs:
     up: Tensor = field(init=False)  # [slots, H, 2I] view of the arena in slot order
     down: Tensor = field(init=False)  # [slots, I, H]
     row_of: np.ndarray = field(init=False)  # [E] expert -> place in slot order, -1 where it is not here
+    computed: np.ndarray = field(init=False)  # [slots] pairs that each expert has computed on the CPU, in slot order
     position: Tensor | None = field(init=False)  # the same on the arena's device; None where place and expert are equal
 
     def __post_init__(self) -> None:
@@ -79,6 +80,7 @@ class ExpertSlabs:
         ):
             raise ValueError(f"{len(self.slots)} slots for experts {experts.tolist()} of {self.num_experts}")
         in_slot_order = experts[np.argsort(np.asarray(self.slots))]
+        self.computed = np.zeros(len(experts), dtype=np.int64)
         self.row_of = np.full(self.num_experts, -1, dtype=np.int64)
         self.row_of[in_slot_order] = np.arange(len(experts))
         self.up = self._matrices("gate_up_proj" if "gate_up_proj" in self.parts else "up_proj", first)
@@ -135,6 +137,7 @@ def _cpu_rows(hidden: Tensor, source: Tensor | None, place: Tensor, slabs: Exper
     group, experts = slabs.row_group, len(slabs.slots)
     ids = place.numpy()
     counts = np.bincount(ids, minlength=experts)
+    slabs.computed += counts
     padded = -(-counts // group) * group
     height = _batched_height(padded, group)
     together = height * experts
@@ -156,7 +159,9 @@ def _cpu_rows(hidden: Tensor, source: Tensor | None, place: Tensor, slabs: Exper
 
 
 def take_rows(rows: Tensor, index: np.ndarray) -> Tensor:
-    """rows[index] on the CPU, of any dtype: as bytes, by numpy, which was measured faster than index_select."""
+    """rows[index] on the CPU, by numpy, which was measured faster than index_select; dtypes that numpy lacks as bytes."""
+    if rows.dtype != torch.bfloat16:
+        return torch.from_numpy(rows.numpy().take(index, axis=0))
     return torch.from_numpy(rows.view(torch.uint8).numpy().take(index, axis=0)).view(rows.dtype)
 
 

@@ -87,7 +87,7 @@ class ModelRunner:
         does not count."""
         if self._exchange is not None:
             return self._exchange.take_load()
-        return [layer.take_routed() for layer in self.bound.experts]
+        return [layer.take_computed() for layer in self.bound.experts]
 
     def forward(self, rows: Sequence[Row]) -> Tensor:
         """Write the KV of the rows' tokens; return float32 logits [wanted, vocab] in row order: of the last token of each row with

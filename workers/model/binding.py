@@ -34,15 +34,13 @@ class Elsewhere(Protocol):
 
 class LayerExperts:
     """What an experts module calls. The runner sets `slabs` and `elsewhere` (None: all experts are here), and in each step `real_tokens`:
-    padding rows behind them get zeros and touch no expert. routed[e] counts the tokens that picked expert e here, on the CPU and
-    without `elsewhere` (which counts itself)."""
+    padding rows behind them get zeros and touch no expert."""
 
     def __init__(self, index: int, layer: ExpertLayer, module: nn.Module) -> None:
         self.index, self.layer = index, layer
         self.slabs: ExpertSlabs | None = None
         self.elsewhere: Elsewhere | None = None
         self.real_tokens: int | None = None
-        self.routed = np.zeros(layer.num_experts, dtype=np.int64)
         self._activate = activation(module)
         self._biases = [getattr(module, f"{name}_bias", None) for name in slab_matrices(module)]
 
@@ -59,14 +57,16 @@ class LayerExperts:
             return self.elsewhere.forward(self.index, hidden, top_k_index, top_k_weights)
         if self.slabs is None:
             raise RuntimeError("no experts are installed: call ModelRunner.use() before the first step")
-        if hidden.device.type == "cpu":
-            self.routed += np.bincount(top_k_index.numpy().reshape(-1), minlength=len(self.routed))
         return experts_forward(hidden, top_k_index, top_k_weights, self.slabs)
 
-    def take_routed(self) -> np.ndarray:
-        """`routed`, which begins anew."""
-        taken, self.routed = self.routed, np.zeros_like(self.routed)
-        return taken
+    def take_computed(self) -> np.ndarray:
+        """int64 [experts]: how many tokens each expert computed here since the last call. A GPU does not count."""
+        result = np.zeros(self.layer.num_experts, dtype=np.int64)
+        if self.slabs is not None:
+            here = self.slabs.row_of >= 0
+            result[here] = self.slabs.computed[self.slabs.row_of[here]]
+            self.slabs.computed = np.zeros_like(self.slabs.computed)
+        return result
 
     def slabs_in(self, arena: Tensor, *, slot_stride: int, slots: Sequence[int], experts: Sequence[int]) -> ExpertSlabs:
         """Slabs of `experts` of this layer, which lie in `slots` of an arena of the model's dtype."""

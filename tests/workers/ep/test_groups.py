@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.families import FAMILIES, VOCAB, Request, make_model
-from tests.workers.ep.world import SLOTS, World, make_epoch, random_holders, sole_holders
+from tests.workers.ep.world import SLOTS, Holders, World, make_epoch, random_holders, sole_holders
 
 from flexpert.kernels import experts_forward
 from flexpert.workers.ep import EpochExperts, ExpertExchange
@@ -19,6 +21,8 @@ from flexpert.workers.model import DENSE, all_experts, expert_segments
 from flexpert.workers.step import Row
 from flexpert.workers.transport import StepMissed
 from flexpert.workers.transport.local import LocalGroup
+
+T = TypeVar("T")
 
 BUILTIN = Path(__file__).parents[3] / "workers" / "builtin_model"
 
@@ -83,14 +87,17 @@ def mixed_steps(size: int, seed: int) -> Steps:
     return steps
 
 
-def assert_like_a_single_worker(world: World, size: int, holders, steps: Steps) -> None:
+def assert_like_a_single_worker(world: World, size: int, holders: Holders, steps: Steps) -> None:
     group = world.group(holders, size=size)
-    found = [group.forward(step) for step in steps]
-    for rank in range(size):
+    assert_single_workers_bits(world, steps, [group.forward(step) for step in steps])
+
+
+def assert_single_workers_bits(world: World, steps: Steps, found: list[list[torch.Tensor]]) -> None:
+    """One rank after the other on a single worker: the ranks' requests have the same slots."""
+    for rank in range(len(steps[0])):
         for i, step in enumerate(steps):
             if step[rank]:
-                expected = world.single.forward(step[rank])
-                assert torch.equal(found[i][rank], expected), f"step {i} of rank {rank}"
+                assert torch.equal(found[i][rank], world.single.forward(step[rank])), f"step {i} of rank {rank}"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -135,31 +142,37 @@ def test_every_placement_and_load(small: World, placement) -> None:
 
 def test_all_tokens_may_go_to_one_expert(small: World) -> None:
     """The exchange alone, with ids that no router would give."""
-    holders = (((1,),) * 8, ((0, 1),) * 8)
-    epoch = make_epoch(holders, size=2)
-    group = small.group(holders, size=2)
+    group = small.group((((1,),) * 8, ((0, 1),) * 8), size=2)
     hidden = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[3, 5]]).repeat(50, 1)
     weights = torch.rand(50, 2, generator=torch.Generator().manual_seed(1))
     expected = experts_forward(hidden, ids, weights, small.single.bound.experts[0].slabs)
-    assert epoch.targets(0)[0][3] == 1
-    results = exchange_layer(group.exchanges, (hidden, ids, weights))
-    assert torch.equal(results[0], expected)
-    assert group.exchanges[0].take_load()[0].tolist() == [0, 0, 0, 50, 0, 50, 0, 0]
-    assert all(not layer.any() for layer in group.exchanges[1].take_load())
-    assert all(not layer.any() for layer in group.exchanges[0].take_load())
-
-
-def exchange_layer(exchanges, inputs, layer: int = 0) -> list:
-    """Rank 0 asks, the others serve."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    for exchange in exchanges:
+    asking, serving = group.exchanges
+    for exchange in group.exchanges:
         exchange.begin(0)
-    with ThreadPoolExecutor(max_workers=len(exchanges)) as threads:
-        serving = [threads.submit(exchange.serve, layer) for exchange in exchanges[1:]]
-        result = exchanges[0].forward(layer, *inputs)
-        return [result, *(one.result() for one in serving)]
+    result = together(group.transports, lambda: asking.forward(0, hidden, ids, weights), lambda: serving.serve(0))[0]
+    assert torch.equal(result, expected)
+    assert asking.take_load()[0].tolist() == [0, 0, 0, 50, 0, 50, 0, 0]
+    assert all(not layer.any() for layer in serving.take_load())
+    assert all(not layer.any() for layer in asking.take_load())
+
+
+def together(transports: LocalGroup, *calls: Callable[[], T]) -> list[T]:
+    """One call a rank, in threads. A call that fails is the death of its rank."""
+
+    def run(rank: int) -> T:
+        try:
+            return calls[rank]()
+        except BaseException:
+            transports.fail(rank)
+            raise
+
+    with ThreadPoolExecutor(max_workers=len(calls)) as threads:
+        results = [threads.submit(run, rank) for rank in range(len(calls))]
+    errors = [error for result in results if (error := result.exception()) is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, StepMissed)):
+        raise error
+    return [result.result() for result in results]
 
 
 def test_padding_rows_are_never_sent_nor_counted(small: World) -> None:
@@ -193,18 +206,13 @@ def test_a_token_is_sent_once_to_each_rank(small: World) -> None:
 
 
 def test_the_next_epoch_takes_over_between_two_steps(small: World) -> None:
-    """KV stays; experts and ranks change."""
+    """KV stays; experts move."""
     steps = mixed_steps(3, seed=8)
-    expected = [[small.single.forward(rows) if rows else None for rows in step] for step in steps]
     first = small.group(random_holders(small.layout, 3, seed=1), size=3, number=1)
-    results = [first.forward(step) for step in steps[:2]]
+    found = [first.forward(step) for step in steps[:2]]
     second = small.group(random_holders(small.layout, 3, seed=2), size=3, number=2)
-    results += [second.forward(step) for step in steps[2:]]
-    # The single worker shares its KV slots between the three ranks' requests, so only its first rank's rows are comparable here.
-    alone = [small.single.forward(step[0]) if step[0] else None for step in steps]
-    for result, row_logits in zip(results, alone, strict=True):
-        assert row_logits is None or torch.equal(result[0], row_logits)
-    assert expected is not None
+    found += [second.forward(step) for step in steps[2:]]
+    assert_single_workers_bits(small, steps, found)
 
 
 def test_a_lost_peer_ends_the_step(small: World) -> None:
@@ -215,45 +223,29 @@ def test_a_lost_peer_ends_the_step(small: World) -> None:
         group.runners[0].forward([row("a", 0, prompt(3, 1))])
 
 
-def test_a_rank_refuses_what_it_does_not_hold(small: World) -> None:
+def test_a_rank_refuses_a_placement_that_it_does_not_have(small: World) -> None:
     group = small.group(sole_holders(small.layout, 2, 1), size=2)
-    foreign = make_epoch(sole_holders(small.layout, 2, 0), size=2)
-    runner = group.runners[0]
-    held = foreign.held_by(1)
+    experts = small.experts(group.runners[0], group.epoch.held_by(0))
+    other = make_epoch(sole_holders(small.layout, 2, 0), size=2)
     with pytest.raises(ValueError, match="places other experts"):
-        ExpertExchange(group.transports.transport(0), foreign, 0, small.experts(runner, held))
+        ExpertExchange(group.transports.transport(0), other, 0, experts)
     with pytest.raises(ValueError, match="needs an exchange"):
-        runner.use(small.experts(runner, held), None)
-    lied = make_epoch(sole_holders(small.layout, 2, 0), size=2)
-    transports = LocalGroup(2)
-    exchanges = [
-        ExpertExchange(transports.transport(1), lied, 1, small.experts(runner, lied.held_by(1))),
-        ExpertExchange(transports.transport(0), group.epoch, 0, small.experts(runner, group.epoch.held_by(0))),
-    ]
-    with pytest.raises((ValueError, StepMissed)):
-        exchange_layer_failing(transports, exchanges)
+        group.runners[0].use(experts, None)
 
 
-def exchange_layer_failing(transports: LocalGroup, exchanges: list[ExpertExchange]) -> None:
-    """Rank 1 asks rank 0 for what rank 0, of another epoch, does not hold."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    for exchange in exchanges:
-        exchange.begin(0)
-
-    def serve() -> None:
-        try:
-            exchanges[1].serve(0)
-        finally:
-            transports.fail(0)
-
-    with ThreadPoolExecutor(max_workers=1) as threads:
-        serving = threads.submit(serve)
-        with pytest.raises(StepMissed):
-            exchanges[0].forward(0, torch.randn(2, 32), torch.tensor([[0, 1], [2, 3]]), torch.rand(2, 2))
-        with pytest.raises(ValueError, match="not in the same epoch"):
-            serving.result()
-    raise StepMissed("seen", ())
+def test_ranks_of_different_epochs_notice(small: World) -> None:
+    """Each thinks that the other holds everything."""
+    runner, transports = small.group(sole_holders(small.layout, 2), size=2).runners[0], LocalGroup(2)
+    exchanges = []
+    for rank in (0, 1):
+        epoch = make_epoch(sole_holders(small.layout, 2, 1 - rank), size=2)
+        experts = small.experts(runner, epoch.held_by(rank))
+        exchanges.append(ExpertExchange(transports.transport(rank), epoch, rank, experts))
+        exchanges[rank].begin(0)
+    hidden, ids, weights = torch.randn(2, 32), torch.tensor([[0, 1], [2, 3]]), torch.rand(2, 2)
+    calls = [lambda one=one: one.forward(0, hidden, ids, weights) for one in exchanges]
+    with pytest.raises(ValueError, match="not in the same epoch"):
+        together(transports, *calls)
 
 
 def test_a_step_must_be_begun(small: World) -> None:

@@ -36,9 +36,11 @@ Holders = tuple[tuple[tuple[int, ...], ...], ...]
 class World:
     """The weights of one model. Granules are so small that a slab group is a single expert, which real models have with real granules."""
 
-    def __init__(self, model_dir: Path, *, dtype: str = "float32", granule_bytes: int = ALIGNMENT_BYTES) -> None:
+    def __init__(
+        self, model_dir: Path, *, dtype: str = "float32", device: str = "cpu", granule_bytes: int = ALIGNMENT_BYTES
+    ) -> None:
         self.servable = check_servable(model_dir)
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self.plan: LoadPlan = plan_weights(self.servable, dtype, granule_bytes=granule_bytes)
         self.segments = make_buffers(self.plan)
         load_into(self.plan, self.segments)
@@ -48,14 +50,16 @@ class World:
         self.single.use(self.experts(self.single, all_experts(self.layout)), None)
 
     def _runner(self) -> ModelRunner:
-        bound = bind(self.servable, self.plan.manifest, {DENSE: self.segments[DENSE]})
+        dense = self.segments[DENSE].to(self.device)
+        bound = bind(self.servable, self.plan.manifest, {DENSE: dense}, device=self.device)
         slot_bytes = MAX_CONTEXT_TOKENS * kv_token_bytes(self.servable, self.dtype)
-        return ModelRunner(bound, torch.zeros(SLOTS, slot_bytes, dtype=torch.uint8))
+        return ModelRunner(bound, torch.zeros(SLOTS, slot_bytes, dtype=torch.uint8, device=self.device))
 
     def experts(self, runner: ModelRunner, held: Sequence[Sequence[int]]) -> EpochExperts:
         """As a worker has them: only the held segments, back to back."""
         names = expert_segments(self.layout, held)
-        return EpochExperts(runner.bound, held, compact([self.segments[name].clone() for name in names]))
+        memory = compact([self.segments[name].clone() for name in names], device=self.device)
+        return EpochExperts(runner.bound, held, memory)
 
     def group(self, holders: Holders, *, size: int, number: int = 1) -> Group:
         while len(self._idle) < size:
@@ -81,7 +85,8 @@ class Group:
 
         def one(rank: int) -> torch.Tensor:
             try:
-                self.transports.transport(rank).exchange(self.step, 0, [torch.zeros(8, dtype=torch.uint8)] * len(rows))
+                header = torch.zeros(8, dtype=torch.uint8)
+                self.transports.transport(rank).exchange(self.step, 0, [header] * len(rows))
                 self.exchanges[rank].begin(self.step)
                 if rows[rank]:
                     return self.runners[rank].forward(rows[rank])
