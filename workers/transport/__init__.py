@@ -1,6 +1,7 @@
 """How ranks exchange tokens and rows: one interface, mapped memory on one host, torch.distributed across hosts, threads for tests."""
 
 from flexpert.workers.transport.base import StepMissed, Transport
+from flexpert.workers.transport.distributed import DistributedTransport, connect_distributed
 from flexpert.workers.transport.doorbells import ProtocolError
 from flexpert.workers.transport.listener import ExchangeListener
 from flexpert.workers.transport.local import LocalGroup, LocalTransport
@@ -8,6 +9,6 @@ from flexpert.workers.transport.mapped import MappedTransport, connect_mapped
 from flexpert.workers.transport.pairs import ConnectError
 
 __all__ = [
-    "ConnectError", "ExchangeListener", "LocalGroup", "LocalTransport", "MappedTransport", "ProtocolError", "StepMissed", "Transport",
-    "connect_mapped",
+    "ConnectError", "DistributedTransport", "ExchangeListener", "LocalGroup", "LocalTransport", "MappedTransport", "ProtocolError",
+    "StepMissed", "Transport", "connect_distributed", "connect_mapped",
 ]  # fmt: skip

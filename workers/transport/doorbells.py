@@ -130,20 +130,30 @@ class Doorbells:
             self._read_one(peer)
         return [rank for rank, peer in self._peers.items() if peer.gone]
 
-    def close(self) -> None:
-        """From any thread; idempotent. Peers see the end at once, a `collect` or `wait` that runs raises StepMissed."""
+    def filenos(self) -> list[int]:
+        """The sockets' descriptors, for a thread that waits for their end; it has to be done before `close`."""
+        return [peer.sock.fileno() for peer in self._peers.values()]
+
+    def hang_up(self) -> None:
+        """From any thread. Peers see the end at once, a `collect` or `wait` that runs raises StepMissed."""
         with self._wake_lock:
             if self._closed:
                 return
             self._closed = True
             os.eventfd_write(self._wake, 1)
-        for peer in self._peers.values():
-            with contextlib.suppress(OSError):
-                peer.sock.shutdown(socket.SHUT_RDWR)
-        with self.busy:
             for peer in self._peers.values():
-                peer.sock.close()
-            os.close(self._wake)
+                with contextlib.suppress(OSError):
+                    peer.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """`hang_up`, and let go of the sockets when nobody uses them any more. From any thread; idempotent."""
+        self.hang_up()
+        with self.busy:
+            if self._wake >= 0:
+                for peer in self._peers.values():
+                    peer.sock.close()
+                os.close(self._wake)
+                self._wake = -1
 
     def _read(self, peers: Sequence[_Peer], key: Key) -> list[_Peer]:
         """Read what is here of those of `peers` whose `key` is missing; returns those that are missing still."""

@@ -8,7 +8,7 @@ import pytest
 
 from .worlds import World, preload, stop_fork_server
 
-KINDS = ("local", "mapped")
+KINDS = ("local", "mapped", "gloo")
 
 
 @pytest.fixture(scope="package", autouse=True)

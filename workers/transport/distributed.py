@@ -1,0 +1,205 @@
+"""Exchange through torch.distributed: gloo for tensors of the host, NCCL for those of CUDA devices, on one host or across hosts.
+
+The process group belongs to its epoch alone: it is made directly from a store that the epoch's rank 0 hosts, torch's default group is
+never touched, so the groups of two epochs live side by side. Doorbells (see `doorbells`) on a socket beside the group carry the sizes
+and say that all ranks have come before any of them enters the collective: so an idle rank sits in no collective, and who is missing or
+gone is known by name. What can still go wrong inside of a collective ends by its deadline (gloo) or by a watcher (NCCL, `nccl`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flexpert.workers.epoch import Epoch
+from flexpert.workers.transport.base import StepMissed
+from flexpert.workers.transport.doorbells import Doorbells
+from flexpert.workers.transport.handshake import parse_address
+from flexpert.workers.transport.listener import ExchangeListener
+from flexpert.workers.transport.nccl import NcclGroup
+from flexpert.workers.transport.pairs import ConnectError, connect_pairs
+
+_ALIGNMENT_BYTES = 64
+
+
+class Group(Protocol):
+    """One epoch's process group."""
+
+    def all_to_all(self, output: Tensor, inputs: Tensor, output_sizes: list[int], input_sizes: list[int]) -> None:
+        """Blocks until output is filled. Raises RuntimeError where it cannot be any more."""
+
+    def abort(self) -> None:
+        """End a collective that runs. From any thread."""
+
+    def close(self) -> None: ...
+
+
+def connect_distributed(
+    epoch: Epoch,
+    rank: int,
+    listener: ExchangeListener,
+    device: torch.device,
+    *,
+    token: str,
+    step_timeout_s: float,
+    connect_timeout_s: float,
+) -> DistributedTransport:
+    """Blocks until all ranks of the epoch are connected: gloo for a CPU device, NCCL for a CUDA one. Raises ConnectError."""
+    deadline = time.monotonic() + connect_timeout_s
+    kind = "nccl" if device.type == "cuda" else "gloo"
+    host = _host(epoch, rank)
+    try:
+        store = _host_store(host, connect_timeout_s) if rank == 0 and epoch.size > 1 else None
+    except (OSError, RuntimeError) as error:
+        raise ConnectError(f"epoch {epoch.number}: rank 0 cannot host a store at {host}: {error}", [0]) from error
+    data = "" if store is None else f"{host} {store.port}"
+    pairs = connect_pairs(epoch, rank, listener, kind=kind, token=token, timeout_s=connect_timeout_s, data=data)
+    doorbells = Doorbells(
+        epoch.number, {peer: pair.sock for peer, pair in pairs.items()}, step_timeout_s=step_timeout_s
+    )
+    group: Group | None = None
+    try:
+        if epoch.size > 1:
+            remaining = timedelta(seconds=max(0.1, deadline - time.monotonic()))
+            if store is None:
+                store_host, _, port = pairs[0].data.rpartition(" ")
+                store = dist.TCPStore(store_host, int(port), is_master=False, timeout=remaining, wait_for_workers=False)
+            if kind == "nccl":
+                group = NcclGroup(store, rank, epoch.size, device, doorbells, step_timeout_s=step_timeout_s)
+            else:
+                group = GlooGroup(store, rank, epoch.size, host, remaining, step_timeout_s=step_timeout_s)
+    except (RuntimeError, ValueError) as error:
+        doorbells.close()
+        raise ConnectError(
+            f"epoch {epoch.number}: {kind} could not connect the ranks: {error}", sorted(pairs)
+        ) from error
+    except BaseException:
+        doorbells.close()
+        raise
+    return DistributedTransport(rank, epoch.size, device, group, doorbells)
+
+
+class DistributedTransport:
+    """See `base.Transport`. group: None where this rank is alone."""
+
+    def __init__(self, rank: int, size: int, device: torch.device, group: Group | None, doorbells: Doorbells) -> None:
+        self.rank = rank
+        self.size = size
+        self._device = device
+        self._group = group
+        self._doorbells = doorbells
+        self._peers = [peer for peer in range(size) if peer != rank]
+
+    def exchange(self, step: int, phase: int, parts: Sequence[Tensor]) -> list[Tensor]:
+        if len(parts) != self.size:
+            raise ValueError(f"{len(parts)} parts for {self.size} ranks: one for each rank is needed")
+        with self._doorbells.busy:
+            key = (step, phase, 0)
+            self._doorbells.check_open(key)
+            for peer in self._peers:
+                self._doorbells.ring(peer, key, length=parts[peer].numel())
+            bells = self._doorbells.collect(key)
+            sizes = [bells[peer].length if peer in bells else 0 for peer in range(self.size)]
+            received = self._all_to_all(step, phase, parts, sizes) if self._peers else [parts[0]]
+            received[self.rank] = parts[self.rank]
+            return received
+
+    def started(self, step: int) -> bool:
+        with self._doorbells.busy:
+            return self._doorbells.started(step)
+
+    def wait(self, step: int, timeout_s: float | None) -> bool:
+        with self._doorbells.busy:
+            return self._doorbells.wait(step, timeout_s)
+
+    def wake(self) -> None:
+        self._doorbells.wake()
+
+    def close(self) -> None:
+        """Ends a collective that runs, too."""
+        self._doorbells.hang_up()
+        if (group := self._group) is not None:
+            group.abort()
+        with self._doorbells.busy:
+            if self._group is not None:
+                self._group.close()
+                self._group = None
+        self._doorbells.close()
+
+    def _all_to_all(self, step: int, phase: int, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Parts lie at multiples of the alignment, there and here, so that they can be viewed as any dtype."""
+        assert self._group is not None
+        input_sizes = [0 if peer == self.rank else _padded(parts[peer].numel()) for peer in range(self.size)]
+        output_sizes = [_padded(size) for size in sizes]
+        inputs = torch.empty(sum(input_sizes), dtype=torch.uint8, device=self._device)
+        output = torch.empty(sum(output_sizes), dtype=torch.uint8, device=self._device)
+        offset = 0
+        for peer in self._peers:
+            inputs[offset : offset + parts[peer].numel()].copy_(parts[peer])
+            offset += input_sizes[peer]
+        try:
+            self._group.all_to_all(output, inputs, output_sizes, input_sizes)
+        except RuntimeError as error:
+            self._doorbells.check_open((step, phase, 0))
+            suspects = self._doorbells.gone() or self._peers
+            raise StepMissed(f"step {step} phase {phase}: the exchange broke: {error}", suspects) from error
+        found = output.split(output_sizes)
+        return [piece[:size] for piece, size in zip(found, sizes, strict=True)]
+
+
+class GlooGroup:
+    """A gloo group over the interface of `host`."""
+
+    def __init__(
+        self, store: Any, rank: int, size: int, host: str, connect_timeout: timedelta, *, step_timeout_s: float
+    ) -> None:
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        options._timeout = connect_timeout
+        options._threads = 1
+        self._options = dist.AllToAllOptions()
+        self._options.timeout = timedelta(seconds=step_timeout_s)
+        self._group: Any = dist.ProcessGroupGloo(store, rank, size, options)
+
+    def all_to_all(self, output: Tensor, inputs: Tensor, output_sizes: list[int], input_sizes: list[int]) -> None:
+        self._group.alltoall_base(output, inputs, output_sizes, input_sizes, self._options).wait()
+
+    def abort(self) -> None:
+        with contextlib.suppress(RuntimeError, AttributeError):
+            self._group.abort()
+
+    def close(self) -> None:
+        self._group = None  # its destructor waits for its threads
+
+
+def _host(epoch: Epoch, rank: int) -> str:
+    """Where this rank's group and store listen: the host at which its peers find it."""
+    family, where = parse_address(epoch.members[rank].exchange_address)
+    return "127.0.0.1" if family == socket.AF_UNIX else where[0]
+
+
+def _host_store(host: str, timeout_s: float) -> Any:
+    """A store that listens at `host` only, at any port; torch alone would listen at every interface."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+        sock.bind((host, 0))
+        sock.listen(1024)
+        port = sock.getsockname()[1]
+        descriptor = os.dup(sock.fileno())
+    return dist.TCPStore(
+        host, port, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False,
+        master_listen_fd=descriptor,
+    )  # fmt: skip
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
