@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ ERROR_KINDS = {
     "CheckpointError": ("checkpoint", True),
     "LoadError": ("checkpoint", True),
     "WorkerStartError": ("settings", True),
+    "MembershipError": ("conflict", False),
+    "ConnectError": ("peers", False),
     "BudgetError": ("memory", True),
     "LimitError": ("limits", True),
     "MemoryError": ("memory", True),
@@ -77,6 +80,7 @@ class WorkerActor:
         open_process_log(Path(log_path), log_level)
         self._module, _, self._class = process.partition(":")
         self._worker: Any = None
+        self._is_warm = False
         self._serving = False  # a worker that is still loading, or could not start, is none yet
         self._progress = (0, 0)
 
@@ -91,6 +95,7 @@ class WorkerActor:
             failure = await asyncio.wrap_future(warming)
         if failure is not None:
             return {"failure": failure.to_json()}
+        self._is_warm = True
         return {"pid": os.getpid(), "warm_s": time.monotonic() - began_s}
 
     def _warm(self, model_dir: Path, device: str, urgent: bool) -> StartFailure | None:
@@ -138,6 +143,10 @@ class WorkerActor:
     def _note_progress(self, done_bytes: int, total_bytes: int) -> None:
         self._progress = (done_bytes, total_bytes)
 
+    async def is_warm(self) -> bool:
+        """Whether it was warmed and is no worker."""
+        return self._is_warm and self._worker is None
+
     async def progress(self) -> tuple[int, int]:
         """Bytes of weights loaded, bytes in all; (0, 0) before loading begins."""
         return self._progress
@@ -148,6 +157,54 @@ class WorkerActor:
     async def status(self) -> dict[str, Any] | None:
         """What the worker tells of itself; None where this process is no worker, or not one that serves yet."""
         return dict(self._worker.status(), address=self._worker.address) if self._serving else None
+
+    # From epoch to epoch (workers.membership): each can be repeated; an error is answered as {"failure": ...}
+
+    async def prepare(self, epoch: bytes, sources: list[Any], deadline_s: float) -> dict[str, Any]:
+        """Make this epoch ready beside the current one: {"moved_bytes", "loaded_bytes", "seconds": {phase: s}}."""
+        return await self._step(lambda worker: worker.prepare(epoch, sources, deadline_s))
+
+    async def commit(self, epoch_number: int, deadline_s: float) -> dict[str, Any]:
+        """Flip to it together with the peers: {"pause_s", "step", "released"}."""
+        return await self._step(lambda worker: worker.commit(epoch_number, deadline_s))
+
+    async def retire(self, epoch_number: int) -> dict[str, Any]:
+        """Let go of what earlier epochs needed: {"freed_bytes", "kv_bytes", "pause_s"}."""
+        return await self._step(lambda worker: worker.retire(epoch_number))
+
+    async def abort(self, epoch_number: int) -> dict[str, Any]:
+        """Forget an epoch that was not committed, or is being prepared: {"freed_bytes"}."""
+        return await self._step(lambda worker: worker.abort(epoch_number))
+
+    async def release(self) -> dict[str, Any]:
+        """Let go of everything and become a warm process again: {"freed_bytes"}."""
+        if self._worker is None:
+            return {"freed_bytes": 0}
+        answer = await self._step(lambda worker: worker.release())
+        if "failure" not in answer:
+            self._worker, self._serving, self._progress = None, False, (0, 0)
+        return answer
+
+    async def wait_trouble(self) -> dict[str, Any]:
+        """Pending until this worker's group breaks: {"epoch", "step", "suspects", "reason"}."""
+        if self._worker is None:
+            return await asyncio.Future()
+        trouble = await asyncio.wrap_future(self._worker.wait_trouble())
+        return asdict(trouble)
+
+    async def expert_load(self) -> list[list[int]]:
+        """[layer][expert] -> tokens routed there since the last call."""
+        return [] if self._worker is None else await asyncio.to_thread(self._worker.expert_load)
+
+    async def _step(self, call: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        worker = self._worker
+        try:
+            if worker is None:
+                raise RuntimeError("this process is no worker: start it first")
+            return await asyncio.to_thread(call, worker)
+        except Exception as error:
+            log.warning("a step of a transition failed", exc_info=True)
+            return {"failure": StartFailure.of(error).to_json()}
 
     async def stop(self) -> None:
         """End the worker's threads; its memory stays with the manager."""

@@ -1,8 +1,12 @@
 """One worker's loop: take what arrived, decide a step, compute it, sample, emit; again.
 
 The engine owns no policy and no arithmetic: the scheduler (pure) decides, the runner computes logits, the sampler draws tokens, the KV
-memory backs and commits. It runs on one thread; `submit` and `cancel` may be called from any thread and take effect before the next
-step. Nothing here knows about sockets: outputs go to the `emit` callback of the request's owner, one StepOutput a step and owner.
+memory backs and commits. It runs on one thread; `submit`, `cancel` and `call` may be used from any thread and take effect before the
+next step. Nothing here knows about sockets: outputs go to the `emit` callback of the request's owner, one StepOutput a step and owner.
+
+    alone     no group: it steps while it has requests
+    grouped   it steps with its peers (workers.group): while it has requests, or when a peer has begun, and flips with them
+    paused    a joiner before its epoch, a broken group, a leaver: requests are taken and kept (a leaver gives them back), none is computed
 """
 
 from __future__ import annotations
@@ -11,43 +15,31 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 import torch
 
+from flexpert.workers.group import NO_FLIP, Flipped, Group, Header, NextEpoch, Trouble
+from flexpert.workers.live import LiveRequests, Owner
 from flexpert.workers.memory import KvMemory
-from flexpert.workers.messages import (
-    Cancel,
-    Failed,
-    Finished,
-    PromptLogprobs,
-    Stats,
-    StepOutput,
-    Submit,
-    TokenOutput,
-    WorkerFrame,
-)
+from flexpert.workers.messages import Cancel, Failed, Released, Stats, StepOutput, Submit, WorkerFrame
 from flexpert.workers.runner import ModelRunner
-from flexpert.workers.sampling import Sampled, Sampler, SamplingState, prompt_logprobs
+from flexpert.workers.sampling import Sampled, Sampler
 from flexpert.workers.scheduler import RequestRejected, Scheduler
-from flexpert.workers.step import Row, StepPlan
+from flexpert.workers.step import StepPlan
+from flexpert.workers.transport import StepMissed
+
+__all__ = ["MAX_FAILED_STEPS", "Engine", "Owner", "StepTimes"]
 
 log = logging.getLogger(__name__)
 
-Owner = Hashable
+T = TypeVar("T")
 STATS_INTERVAL_S = 0.25
 MAX_FAILED_STEPS = 8
-
-
-@dataclass(slots=True)
-class _Live:
-    """What the engine keeps of a request beside the scheduler's book-keeping."""
-
-    owner: Owner
-    sampling: SamplingState
-    prompt_logprobs: list[float] = field(default_factory=list)
-    prompt_top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+WAITING, BROKEN, LEFT = "waits for its epoch", "its group is broken", "has left"
 
 
 @dataclass(slots=True)
@@ -59,7 +51,7 @@ class StepTimes:
 
 
 class Engine:
-    """emit(owner, frame) is called on the engine's thread and must not block."""
+    """emit(owner, frame) is called on the engine's thread and must not block. waiting: it computes nothing before its first epoch."""
 
     def __init__(
         self,
@@ -69,22 +61,30 @@ class Engine:
         sampler: Sampler,
         memory: KvMemory,
         emit: Callable[[Owner, WorkerFrame], None],
+        waiting: bool = False,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
-        self._sampler = sampler
         self._memory = memory
         self._emit = emit
-        self._live: dict[str, _Live] = {}
+        self._live = LiveRequests(sampler=sampler, emit=emit, cancel=scheduler.cancel)
         self._inbox: deque[tuple[Owner, Submit | Cancel | None]] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._owners: set[Owner] = set()
         self._last_stats_s = 0.0
         self._failed_steps = 0
+        self._group: Group | None = None
+        self._next: NextEpoch | None = None
+        self.paused = WAITING if waiting else ""
+        self._pause_began_s: float | None = None
+        self.pause_s = 0.0
         self.step_began_s: float | None = None
         self.times = StepTimes()
         self.on_step: Callable[[StepPlan, StepTimes], None] | None = None
+        self.trouble: Trouble | None = None  # while the group is broken
+        self.on_trouble: Callable[[Trouble], None] | None = None
 
     # Called from any thread
 
@@ -103,182 +103,261 @@ class Engine:
         self._owners.discard(owner)
         self._put(owner, None)
 
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run `function` on the engine's thread, between two steps."""
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return
+            try:
+                answer.set_result(function())
+            except Exception as error:
+                answer.set_exception(error)
+
+        with self._wake:
+            if self._stopping:
+                raise RuntimeError("the engine has stopped")
+            self._calls.append(run)
+            self._notify()
+        return answer
+
+    def enter(self, following: NextEpoch) -> Future[Flipped]:
+        """Flip to this epoch after the first step in which all peers are ready for it; at once where it steps with nobody."""
+
+        def ready() -> None:
+            if not following.done.done():
+                self._next = following
+
+        self.call(ready)
+        return following.done
+
+    def withdraw(self, number: int) -> Future[bool]:
+        """Take `enter` back; False where the flip has taken place."""
+
+        def unready() -> bool:
+            if self._next is None or self._next.number != number:
+                return False
+            self._next = None
+            return True
+
+        return self.call(unready)
+
     def stop(self) -> None:
         with self._wake:
             self._stopping = True
-            self._wake.notify()
+            self._notify()
 
     # The engine's thread
 
     def run(self) -> None:
-        """Step while there is work, wait while there is none, return after `stop`."""
+        """Step while there is work, here or at a peer; wait while there is none; return after `stop`."""
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._stopping or self._inbox or self._live)
+                self._wake.wait_for(lambda: self._stopping or self._group is not None or not self._idle())
                 if self._stopping:
+                    self._run_calls()
                     return
+                idle = self._idle()
+            if idle and not self._peers_begin():
+                continue
             self.step_began_s = time.monotonic()
             self.step()
             self.step_began_s = None
 
+    def _idle(self) -> bool:
+        return not (self._inbox or self._calls or (self._live and not self.paused))
+
+    def _peers_begin(self) -> bool:
+        """Wait until a peer begins a step (True) or something is to be done here."""
+        assert self._group is not None
+        try:
+            return self._group.wait()
+        except StepMissed as missed:
+            self._break(missed)
+            return False
+
     def step(self) -> bool:
-        """One step; False where there was nothing to compute.
+        """One step; False where there was nothing to compute, or it came to nothing.
 
         What the model or the sampler cannot compute costs the requests of that step. An error in the books or in the memory
         operations is raised: after it they may contradict each other, and only a replacement's `restore` makes them whole again.
         """
         began_s = time.perf_counter()
         self._take_inbox()
-        plan = self._scheduler.schedule()
-        if plan is None:
+        self._flip_if_alone()
+        plan = None if self.paused else self._scheduler.schedule()
+        if plan is None and not self._joins():
             self._send_stats(force=True)
             return False
-        self._memory.apply(plan.memory)
+        if plan is not None:
+            self._memory.apply(plan.memory)
         scheduled_s = time.perf_counter()
+        flips = False
         try:
-            logits = self._runner.forward(plan.rows)
-            sampled = self._sample(plan.rows, logits)
+            flips, logits = self._compute(plan)
+        except StepMissed as missed:
+            if plan is not None:
+                self._scheduler.abandon(plan)
+            self._break(missed)
+            return False
         except Exception as error:
-            self._failed_steps += 1
-            # After an error of the device (an illegal access, a failed assertion) every later call fails too.
-            if isinstance(error, torch.AcceleratorError) or self._failed_steps == MAX_FAILED_STEPS:
-                raise  # a replacement replays these requests
-            log.exception("step %d failed; its %d requests end with an error", plan.step, len(plan.rows))
             self._fail(plan, error)
+            if self._group is not None:  # its peers wait for the rest of this step
+                self._group.close()
+                self._break(error)
         else:
-            self._failed_steps = 0
-            sampled_s = time.perf_counter()
-            self._finish(plan, sampled)
-            ended_s = time.perf_counter()
-            host_s = scheduled_s - began_s + self._runner.last_build_s + ended_s - sampled_s
-            self.times = StepTimes(host_s=host_s, step_s=ended_s - began_s)
-            if self.on_step is not None:
-                self.on_step(plan, self.times)
-        self._send_stats(force=not self._live)
+            if plan is not None:
+                self._conclude(plan, logits, began_s=began_s, scheduled_s=scheduled_s)
+        if flips:
+            self._flip()
+        self._send_stats(force=plan is not None and not self._live)
         return True
 
+    def _joins(self) -> bool:
+        """Without tokens of its own: whether there is a step to take part in."""
+        if self._group is None:
+            return False
+        try:
+            return self._group.must_begin(self._flip_to) or self._group.peers_began()
+        except StepMissed as missed:
+            self._break(missed)
+            return False
+
+    def _compute(self, plan: StepPlan | None) -> tuple[bool, Any]:
+        """Whether the group flips after this step, and the logits of the plan's rows."""
+        group = self._group
+        flips = False
+        logits = None
+        if group is not None:
+            begun = group.begin(Header(plan.num_tokens if plan is not None else 0, self._flip_to))
+            self._end_pause()
+            flips = begun.flips
+            if plan is None and begun.num_tokens:
+                self._runner.serve()
+        if plan is not None:
+            logits = self._runner.forward(plan.rows)
+        if group is not None:
+            group.end()
+        return flips, logits
+
+    def _conclude(self, plan: StepPlan, logits: torch.Tensor, *, began_s: float, scheduled_s: float) -> None:
+        """Draw tokens; then the step is whole: its KV counts, its tokens go out."""
+        try:
+            sampled = self._live.sample(plan.rows, logits)
+        except Exception as error:
+            self._fail(plan, error)
+            return
+        self._failed_steps = 0
+        sampled_s = time.perf_counter()
+        self._finish(plan, sampled)
+        ended_s = time.perf_counter()
+        host_s = scheduled_s - began_s + self._runner.last_build_s + ended_s - sampled_s
+        self.times = StepTimes(host_s=host_s, step_s=ended_s - began_s)
+        if self.on_step is not None:
+            self.on_step(plan, self.times)
+
     def _finish(self, plan: StepPlan, sampled: dict[str, Sampled]) -> None:
-        """The step is whole: its KV counts, its tokens go out."""
         self._memory.commit([(row.slot, row.end) for row in plan.rows])
         finished = self._scheduler.complete(plan, {name: token.token_id for name, token in sampled.items()})
-        self._emit_outputs(plan, sampled, finished)
+        self._live.emit(plan, sampled, finished)
 
-    def _sample(self, rows: tuple[Row, ...], logits: torch.Tensor) -> dict[str, Sampled]:
-        """Split the runner's logits [wanted rows, vocab] by request; draw where a row asks for a token."""
-        sampling: list[Row] = []
-        picked: list[int] = []
-        first = 0
-        for row in rows:
-            width = len(row.token_ids) if row.all_logits else int(row.sample)
-            if row.all_logits:
-                self._keep_prompt_logprobs(row, logits[first : first + width])
-            if row.sample and row.request_id in self._live:
-                sampling.append(row)
-                picked.append(first + width - 1)
-            first += width
-        if not sampling:
-            return {}
-        chosen = logits if picked == list(range(len(logits))) else logits[picked]
-        states = [self._live[row.request_id].sampling for row in sampling]
-        try:
-            tokens = self._sampler.sample(chosen, states)
-        except FloatingPointError:
-            return self._sample_one_by_one(sampling, chosen)
-        return {row.request_id: token for row, token in zip(sampling, tokens, strict=True)}
-
-    def _sample_one_by_one(self, rows: list[Row], logits: torch.Tensor) -> dict[str, Sampled]:
-        """A row that cannot be drawn from costs its own request and no other."""
-        drawn: dict[str, Sampled] = {}
-        for i, row in enumerate(rows):
-            try:
-                (drawn[row.request_id],) = self._sampler.sample(
-                    logits[i : i + 1], [self._live[row.request_id].sampling]
-                )
-            except FloatingPointError as error:
-                self._fail_request(row.request_id, "invalid_request", f"no token can be drawn: {error}")
-        return drawn
-
-    def _keep_prompt_logprobs(self, row: Row, logits: torch.Tensor) -> None:
-        """Row i of `logits` scores the prompt's token start + i + 1; the last row of the prompt scores the first output."""
-        live = self._live.get(row.request_id)
-        if live is None:
+    def _fail(self, plan: StepPlan | None, error: Exception) -> None:
+        self._failed_steps += 1
+        # After an error of the device (an illegal access, a failed assertion) every later call fails too.
+        if isinstance(error, torch.AcceleratorError) or self._failed_steps == MAX_FAILED_STEPS:
+            raise error  # a replacement replays these requests
+        if plan is None:
+            log.error("a step for peers failed", exc_info=error)
             return
-        prompt = live.sampling.prompt_token_ids
-        scored = prompt[row.start + 1 : row.end + 1]
-        if scored:
-            top = live.sampling.params.prompt_logprobs or 0
-            values, alternatives = prompt_logprobs(logits[: len(scored)], scored, top)
-            live.prompt_logprobs += values
-            live.prompt_top += alternatives
-
-    def _emit_outputs(self, plan: StepPlan, sampled: dict[str, Sampled], finished: list[Finished]) -> None:
-        outputs: dict[Owner, StepOutput] = {}
-
-        def output_of(owner: Owner) -> StepOutput:
-            return outputs.setdefault(owner, StepOutput(step=plan.step, tokens=[], finished=[]))
-
-        ended = {end.request_id for end in finished}
-        for row in plan.rows:
-            live = self._live.get(row.request_id)
-            if live is None:
-                continue
-            token = sampled.get(row.request_id)
-            scored_all = live.prompt_logprobs and (token is not None or row.request_id in ended)
-            if scored_all:
-                scores = PromptLogprobs(request_id=row.request_id, logprobs=live.prompt_logprobs, top=live.prompt_top)
-                output_of(live.owner).prompt_logprobs.append(scores)
-                live.prompt_logprobs, live.prompt_top = [], []
-            if token is not None:
-                output = TokenOutput(
-                    request_id=row.request_id,
-                    output_index=live.sampling.num_output_tokens,
-                    token_id=token.token_id,
-                    logprob=token.logprob,
-                    top=token.top,
-                )
-                output_of(live.owner).tokens.append(output)
-                live.sampling.append(token.token_id)
-        for end in finished:
-            live = self._live.pop(end.request_id, None)
-            if live is not None:
-                output_of(live.owner).finished.append(end)
-        for owner, frame in outputs.items():
-            self._emit(owner, frame)
-
-    def _fail(self, plan: StepPlan, error: Exception) -> None:
+        log.error("step %d failed; its %d requests end with an error", plan.step, len(plan.rows), exc_info=error)
         text = f"the worker could not compute this request: {type(error).__name__}: {error}"
         for row in plan.rows:
-            self._fail_request(row.request_id, "internal", text)
+            self._live.fail(row.request_id, "internal", text)
         self._scheduler.abandon(plan)
 
-    def _fail_request(self, request_id: str, code: str, message: str) -> None:
-        self._scheduler.cancel(request_id)
-        live = self._live.pop(request_id, None)
-        if live is not None:
-            self._emit(live.owner, Failed(request_id=request_id, code=code, message=message))
+    # From epoch to epoch
+
+    @property
+    def _flip_to(self) -> int:
+        return NO_FLIP if self._next is None else self._next.number
+
+    def _flip_if_alone(self) -> None:
+        if self._next is not None and self._group is None:
+            self._flip()
+
+    def _flip(self) -> None:
+        """Between two steps: the next one is step 0 of the next epoch."""
+        began_s = time.monotonic()
+        following, self._next = self._next, None
+        assert following is not None
+        last_step = -1 if self._group is None else self._group.step - 1
+        released: list[str] = []
+        self._group, self.paused, self.trouble = following.group, "", None
+        if following.leaves:
+            self.paused = LEFT
+            released = self._live.release()
+        elif following.experts is not None:
+            self._runner.use(following.experts, following.exchange)
+        if self._pause_began_s is None and self._live:
+            self._pause_began_s = began_s
+        if self._group is None:
+            self._end_pause()
+        following.done.set_result(Flipped(last_step, time.monotonic() - began_s, tuple(released)))
+
+    def _break(self, error: Exception) -> None:
+        """The group can step no more; requests are kept until the next epoch, which is entered at once."""
+        group, self._group = self._group, None
+        assert group is not None
+        self.paused = BROKEN
+        if self._live and self._pause_began_s is None:
+            self._pause_began_s = time.monotonic()
+        self.trouble = trouble = group.trouble(error)
+        log.warning("epoch %d broke at step %d: %s", trouble.epoch, trouble.step, trouble.reason)
+        if self.on_trouble is not None:
+            self.on_trouble(trouble)
+        self._flip_if_alone()
+
+    def _end_pause(self) -> None:
+        if self._pause_began_s is not None:
+            self.pause_s = time.monotonic() - self._pause_began_s
+            self._pause_began_s = None
 
     # The inbox
 
     def _put(self, owner: Owner, message: Submit | Cancel | None) -> None:
         with self._wake:
             self._inbox.append((owner, message))
-            self._wake.notify()
+            self._notify()
+
+    def _notify(self) -> None:
+        self._wake.notify()
+        group = self._group
+        if group is not None:
+            group.wake()
+
+    def _run_calls(self) -> None:
+        while self._calls:
+            self._calls.popleft()()
 
     def _take_inbox(self) -> None:
+        self._run_calls()
         while self._inbox:
             owner, message = self._inbox.popleft()
             if isinstance(message, Submit):
                 self._admit(owner, message)
             elif isinstance(message, Cancel):
-                self._drop(message.request_id)
+                self._live.drop(message.request_id)
             else:
-                for name in [name for name, live in self._live.items() if live.owner == owner]:
-                    self._drop(name)
+                for name in self._live.of(owner):
+                    self._live.drop(name)
 
     def _admit(self, owner: Owner, submit: Submit) -> None:
-        known = self._live.get(submit.request_id)
-        if known is not None and known.owner != owner:  # its gateway came back before its old stream was seen to end
-            self._drop(submit.request_id)
+        if self.paused == LEFT:
+            self._emit(owner, Released(request_ids=[submit.request_id]))
+            return
+        if self._live.owner_of(submit.request_id) not in (None, owner):
+            self._live.drop(submit.request_id)  # its gateway came back before its old stream was seen to end
         try:
             ended = self._scheduler.submit(submit)
         except RequestRejected as error:
@@ -287,17 +366,7 @@ class Engine:
         if ended is not None:
             self._emit(owner, StepOutput(step=0, finished=[ended]))
             return
-        sampling = SamplingState(
-            params=submit.params,
-            choice_index=submit.choice_index,
-            prompt_token_ids=submit.prompt_token_ids,
-            emitted=submit.emitted_token_ids,
-        )
-        self._live[submit.request_id] = _Live(owner=owner, sampling=sampling)
-
-    def _drop(self, request_id: str) -> None:
-        if self._live.pop(request_id, None) is not None:
-            self._scheduler.cancel(request_id)
+        self._live.add(owner, submit)
 
     def _send_stats(self, *, force: bool = False) -> None:
         now_s = time.monotonic()

@@ -147,6 +147,22 @@ class KvBooks:
         self._slots[slot].committed += len(tokens)
         self._index.extend(slot, tokens)
 
+    def add_granules(self, granules: Sequence[int]) -> None:
+        """The arena has grown by these ids."""
+        self._free.give(granules)
+        self.total_granules += len(granules)
+
+    def remove_granules(self, count: int) -> list[int]:
+        """Up to `count` granules leave the arena: free ones, then those of donors, least recently used first; never a running slot's.
+
+        The operations that unmap them must be carried out before the arena gives them back.
+        """
+        count = min(count, self.available_granules)
+        removed = self._take_granules(count, after=None) if count > 0 else []
+        assert removed is not None, "available granules could not be reclaimed"
+        self.total_granules -= len(removed)
+        return removed
+
     def release(self, slot: int) -> None:
         """The request leaves its slot, which becomes a donor."""
         held = self._slots[slot]

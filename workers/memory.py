@@ -2,7 +2,7 @@
 
 Two forms behind one small interface. ArenaMemory is a view of the HBM manager's arena: the bytes outlive the worker. TorchMemory is
 plain torch memory of this process, for devices whose manager backend is not there yet: nothing is shared between slots and nothing
-survives, so a replacement replays its requests from their tokens. Called by the engine's thread only.
+survives, so a replacement replays its requests from their tokens. Called by the engine's thread, except where it says otherwise.
 """
 
 from __future__ import annotations
@@ -71,6 +71,14 @@ class ArenaMemory:
 
     def records(self) -> Sequence[SlotRecord]:
         return self._arena.records()
+
+    def grow(self, count: int) -> list[int]:
+        """So many granules more, by their ids. From any thread. Raises BudgetError."""
+        return self._arena.grow(count)
+
+    def shrink(self, granules: Sequence[int]) -> None:
+        """Give these back, which no slot holds any more. From any thread."""
+        self._arena.shrink(granules)
 
 
 class TorchMemory:

@@ -53,6 +53,11 @@ class Request:
         limit = len(self.tokens) - 1
         return limit if self.scored >= self.prompt_tokens else min(self.scored, limit)
 
+    @property
+    def most_tokens(self) -> int:
+        """Of how many tokens KV is ever kept: the last one's is never computed, unless nothing but the prompt is wanted."""
+        return max(self.prompt_tokens, self.limit_tokens - 1)
+
     def finish_reason(self, max_context_tokens: int) -> str | None:
         """Why the request ends with its last token: "stop", "length" or None (it does not)."""
         outputs = len(self.tokens) - self.prompt_tokens

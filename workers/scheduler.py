@@ -19,13 +19,13 @@ or, where a step came to nothing, abandon(plan). submit and cancel may come at a
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flexpert.workers.kv_books import KvBooks
 from flexpert.workers.messages import Finished, Submit
 from flexpert.workers.request import Request, RequestRejected, check_request
-from flexpert.workers.step import Row, StepPlan
+from flexpert.workers.step import MemoryOp, Row, StepPlan
 
 __all__ = ["RequestRejected", "Scheduler", "SchedulerConfig", "SchedulerStats"]
 
@@ -93,8 +93,7 @@ class Scheduler:
             raise RequestRejected(f"request {frame.request_id!r} is being served already: request ids must be unique")
         check_request(frame, max_context_tokens=context, vocab_size=self._config.vocab_size)
         request = Request(frame)
-        # The KV of the last token is never computed, unless nothing but the prompt is wanted.
-        if not self._books.fits_alone(max(request.prompt_tokens, request.limit_tokens - 1)):
+        if not self._books.fits_alone(request.most_tokens):
             raise RequestRejected(
                 f"the prompt has {request.prompt_tokens} tokens and max_tokens is {frame.params.max_tokens}: "
                 f"{request.limit_tokens} together, but this worker's whole KV memory holds {self._books.capacity_tokens} "
@@ -126,6 +125,26 @@ class Scheduler:
     def is_live(self, request_id: str) -> bool:
         """Whether the request is waiting or running (and not cancelled)."""
         return request_id in self._waiting or (request_id in self._running and request_id not in self._cancelled)
+
+    def add_granules(self, granules: Sequence[int]) -> None:
+        """The KV arena has grown by these."""
+        self._books.add_granules(granules)
+
+    def remove_granules(self, count: int, *, keep_tokens: int) -> tuple[list[int], tuple[MemoryOp, ...]]:
+        """Up to `count` granules for the arena to give back, and the operations to carry out before that. Between two steps only.
+
+        Donors give way first, then the latest requests are preempted. What a request of `keep_tokens` tokens needs stays, and what the
+        largest live request may need, so nothing that was accepted becomes impossible.
+        """
+        if self._plan is not None:
+            raise RuntimeError(f"step {self._plan.step} is still out: granules can be removed between two steps only")
+        live = (*self._running.values(), *self._waiting.values())
+        longest = max((request.most_tokens for request in live), default=0)
+        kept = self._books.geometry.granules_for(max(longest, keep_tokens))
+        count = max(0, min(count, self._books.total_granules - kept))
+        while self._books.available_granules < count:
+            self._preempt(next(reversed(self._running.values())))
+        return self._books.remove_granules(count), self._books.take_ops()
 
     def schedule(self) -> StepPlan | None:
         """The next step; None where there is no request. Each plan comes back by complete or abandon before the next."""

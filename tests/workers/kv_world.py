@@ -127,6 +127,16 @@ class Arena:
             for j in range(width):
                 self.write(row.slot, t * width + j, (names[t], j))
 
+    def grow(self, granules: list[int]) -> None:
+        assert not self.granted & set(granules)
+        self.granted |= set(granules)
+        self.bytes.update((granule, [None] * self.geometry.granule_bytes) for granule in granules)
+
+    def shrink(self, granules: list[int]) -> None:
+        assert self.granted.issuperset(granules) and len(set(granules)) == len(granules)
+        assert not any(granule in mapped for mapped in self.mapped for granule in granules), "given back, but mapped"
+        self.granted -= set(granules)
+
     def records(self) -> list[Record]:
         return [
             Record(slot, self.owner[slot], list(self.mapped[slot]), self.committed[slot])
@@ -282,6 +292,31 @@ class World:
             assert all(client.scored), f"{request_id}: the logits of some prompt tokens never came"
         self.finished[request_id] = client.emitted
 
+    # What a transition does
+
+    def grow(self, count: int) -> None:
+        """The arena gets granules, some of which it may have had before."""
+        if self.geometry.shareable:
+            fresh = [granule for granule in range(4 * len(self.granules) + count) if granule not in self.arena.granted]
+            self.arena.grow(fresh[:count])
+            self.granules = sorted(self.arena.granted)
+            self.scheduler.add_granules(fresh[:count])
+            self.scheduler.check_integrity()
+
+    def shrink(self, count: int) -> None:
+        """The arena gives granules back: as many as asked for, unless a request would become impossible."""
+        before = self.books.total_granules
+        removed, ops = self.scheduler.remove_granules(count, keep_tokens=self.geometry.max_context_tokens)
+        for op in ops:
+            self.apply(op)
+        self.arena.shrink(removed)
+        self.granules = sorted(self.arena.granted)
+        self.scheduler.check_integrity()
+        self._check_books_and_arena()
+        kept = self.geometry.granules_for(self.geometry.max_context_tokens)
+        assert len(removed) == (max(0, min(count, before - kept)) if self.geometry.shareable else 0)
+        assert self.books.total_granules == len(self.granules) * self.geometry.shareable
+
     # What must hold
 
     def _check_plan(self, plan: StepPlan | None) -> None:
@@ -394,8 +429,13 @@ def run_trace(rng: Random, events: int) -> World:
         kind = rng.random()
         if kind < 0.3 or not world.live:
             submit_something(world, rng)
-        elif kind < 0.8:
+        elif kind < 0.74:
             world.step()
+        elif kind < 0.77:
+            world.grow(rng.randint(1, 6))
+        elif kind < 0.8:
+            world.shrink(rng.randint(1, 8))
+            disturbances += 1
         elif kind < 0.87:
             world.cancel(rng.choice(list(world.live)))
         elif kind < 0.93:

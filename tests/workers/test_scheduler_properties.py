@@ -1,4 +1,4 @@
-"""Scheduler and books through random traffic, cancellations, lost steps and deaths, in memory that is often too small.
+"""Scheduler and books through random traffic, cancellations, lost steps, deaths and granules that come and go, in memory that is often too small.
 
 Each trace checks at every step: no row reads anything but its own prefix, no shared granule is written, no granule is mapped
 twice, the manager's records are true at every operation, the oldest request advances, none overtakes; and at the end every
@@ -52,6 +52,15 @@ class Worker(RuleBasedStateMachine):
     def lose_a_step(self) -> None:
         self.disturbances += 1
         self.world.step(abandon=True)
+
+    @rule(count=st.integers(1, 6))
+    def grow_the_arena(self, count: int) -> None:
+        self.world.grow(count)
+
+    @rule(count=st.integers(1, 8))
+    def shrink_the_arena(self, count: int) -> None:
+        self.disturbances += 1
+        self.world.shrink(count)
 
     @rule(rng=RANDOMS)
     def die(self, rng: Random) -> None:

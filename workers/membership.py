@@ -1,0 +1,377 @@
+"""How a worker gets from one epoch to the next: prepare beside the running one, commit in one flip, retire what nobody needs, or abort.
+
+    prepare   make room, fetch what is missing of the share, map it compactly, connect the ranks     (nothing of this stops a step)
+    commit    the engine flips together with its peers; a leaver gives its requests back
+    retire    close the former epochs, drop slabs that are no longer held, let KV have the memory
+    abort     before the flip: close, unmap and drop what prepare made
+
+Each can be repeated: what is done already is answered as it was. Called from any thread but the engine's, which only ever runs the
+short functions that are handed to it between two steps. Owned by `workers.process`; knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from flexpert.workers.engine import Engine
+from flexpert.workers.ep import EpochExperts, ExpertExchange
+from flexpert.workers.epoch import Epoch
+from flexpert.workers.fetch import Fetched, HeldExperts, Source, Weights
+from flexpert.workers.group import Flipped, Group, NextEpoch, Trouble
+from flexpert.workers.kv_space import KvSpace
+from flexpert.workers.model import BoundModel, expert_segments
+from flexpert.workers.model.layout import is_experts
+from flexpert.workers.scheduler import Scheduler
+from flexpert.workers.transport import Transport
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+BETWEEN_STEPS_TIMEOUT_S = 60.0
+
+
+class MembershipError(RuntimeError):
+    """This step of a transition is not possible now; the message says what is."""
+
+
+class PrepareAborted(MembershipError):
+    """The epoch was aborted, or its time was up, while it was being prepared."""
+
+
+Connect = Callable[[Epoch, int, float], Transport]  # (epoch, rank, timeout_s)
+
+
+@dataclass
+class _Prepared:
+    """An epoch that this worker can flip to, steps in, or stepped in. rank None: it leaves. epoch None: alone, by nobody's plan."""
+
+    epoch: Epoch | None
+    rank: int | None
+    names: tuple[str, ...]
+    fetched: Fetched = field(default_factory=Fetched)
+    held: HeldExperts | None = None
+    experts: EpochExperts | None = None
+    transport: Transport | None = None
+    following: NextEpoch = field(default_factory=lambda: NextEpoch(number=0))
+    answer: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def number(self) -> int:
+        return -1 if self.epoch is None else self.epoch.number
+
+    def close(self) -> None:
+        """Leave the epoch for good and unmap its experts, which nobody may use any more."""
+        if self.transport is not None:
+            self.transport.close()
+        self.experts = None
+        self.following.experts = self.following.exchange = self.following.group = None
+        if self.held is not None:
+            self.held.close()
+        self.held = self.transport = None
+
+
+class Membership:
+    def __init__(
+        self,
+        *,
+        worker_id: str,
+        weights: Weights,
+        bound: BoundModel,
+        kv: KvSpace,
+        engine: Engine,
+        scheduler: Scheduler,
+        connect: Connect,
+        cancel_connect: Callable[[int], None],
+        context_tokens: int,
+    ) -> None:
+        self._worker_id = worker_id
+        self._weights, self._bound, self._kv = weights, bound, kv
+        self._engine, self._scheduler = engine, scheduler
+        self._connect, self._cancel_connect = connect, cancel_connect
+        self._context_tokens = context_tokens
+        self._lock = threading.RLock()
+        self._current: _Prepared | None = None
+        self._prepared: dict[int, _Prepared] = {}
+        self._former: list[_Prepared] = []
+        self._aborted: set[int] = set()
+        self._retired: dict[str, Any] = {}
+        self._fetching: tuple[str, ...] = ()
+        self._trouble_lock = threading.Lock()
+        self._trouble_waiters: list[Future[Trouble]] = []
+        engine.on_trouble = self._note_trouble
+
+    # Alone
+
+    def begin_alone(self, names: Sequence[str], held: Sequence[Sequence[int]]) -> EpochExperts:
+        """Hold all experts and serve by oneself, without an epoch. Before the engine runs."""
+        alone = _Prepared(epoch=None, rank=0, names=tuple(names))
+        alone.held = self._weights.experts(names)
+        alone.experts = EpochExperts(self._bound, held, alone.held.memory)
+        self._current = alone
+        return alone.experts
+
+    # Prepare
+
+    def prepare(self, epoch: Epoch, sources: Sequence[Source] = (), deadline_s: float = 120.0) -> dict[str, Any]:
+        """{"moved_bytes", "loaded_bytes", "seconds": {phase: s}}. Raises MembershipError, BudgetError, ConnectError, LoadError; then
+        nothing is left of it."""
+        until_s = time.monotonic() + deadline_s
+        with self._lock:
+            self._settle()
+            known = self._known(epoch)
+            if known is not None:
+                return known.answer
+            self._aborted.discard(epoch.number)
+            for other in list(self._prepared):
+                self._undo(self._prepared.pop(other))
+            made = self._share_of(epoch)
+            try:
+                self._make(made, sources, until_s)
+            except BaseException:
+                self._undo(made)
+                raise
+            self._prepared[epoch.number] = made
+            return made.answer
+
+    def _known(self, epoch: Epoch) -> _Prepared | None:
+        """What was made of this very epoch. Raises MembershipError for one that is over, or was made of something else."""
+        current = self._current
+        if current is not None and current.number >= epoch.number:
+            if current.epoch == epoch:
+                return current
+            raise MembershipError(
+                f"epoch {epoch.number} is over: worker {self._worker_id} is in epoch {current.number}"
+            )
+        known = self._prepared.get(epoch.number)
+        if known is not None and known.epoch != epoch:
+            raise MembershipError(
+                f"epoch {epoch.number} was prepared with other members or another placement; abort it first"
+            )
+        return known
+
+    def _share_of(self, epoch: Epoch) -> _Prepared:
+        rank = epoch.rank_of(self._worker_id)
+        if rank is None:
+            return _Prepared(epoch=epoch, rank=None, names=(), following=NextEpoch(number=epoch.number, leaves=True))
+        return _Prepared(epoch=epoch, rank=rank, names=expert_segments(self._bound.layout, epoch.held_by(rank)))
+
+    def _make(self, made: _Prepared, sources: Sequence[Source], until_s: float) -> None:
+        epoch, rank = made.epoch, made.rank
+        assert epoch is not None
+        seconds: dict[str, float] = {}
+        began_s = time.monotonic()
+
+        def mark(phase: str) -> None:
+            nonlocal began_s
+            now_s = time.monotonic()
+            seconds[phase], began_s = round(now_s - began_s, 4), now_s
+            self._check_time(epoch.number, until_s)
+
+        if rank is not None:
+            missing = [name for name in made.names if name not in self._weights.segments()]
+            if missing:
+                self._kv.make_room(
+                    self._held_bytes(made.names), self._scheduler, self._between, keep_tokens=self._context_tokens
+                )
+            mark("room")
+            self._fetching = made.fetched.names = tuple(missing)
+            try:
+                made.fetched = self._weights.fetch(
+                    made.names, sources, lambda done, total: self._check_time(epoch.number, until_s)
+                )
+            finally:
+                self._fetching = ()
+            mark("fetch")
+            made.held = self._weights.experts(made.names)
+            made.experts = EpochExperts(self._bound, epoch.held_by(rank), made.held.memory)
+            mark("map")
+            made.following = self._following(made, until_s)
+            mark("connect")
+        made.answer = {
+            "moved_bytes": made.fetched.moved_bytes,
+            "loaded_bytes": made.fetched.loaded_bytes,
+            "seconds": seconds,
+        }
+
+    def _following(self, made: _Prepared, until_s: float) -> NextEpoch:
+        epoch, rank = made.epoch, made.rank
+        assert epoch is not None
+        assert rank is not None
+        assert made.experts is not None
+        if epoch.size == 1:
+            return NextEpoch(number=epoch.number, experts=made.experts)
+        made.transport = self._connect(epoch, rank, max(0.01, until_s - time.monotonic()))
+        exchange = ExpertExchange(made.transport, epoch, rank, made.experts)
+        group = Group(epoch=epoch, rank=rank, transport=made.transport, exchange=exchange)
+        return NextEpoch(number=epoch.number, group=group, experts=made.experts, exchange=exchange)
+
+    def _check_time(self, number: int, until_s: float) -> None:
+        if number in self._aborted:
+            raise PrepareAborted(f"epoch {number} was aborted while worker {self._worker_id} prepared it")
+        if time.monotonic() > until_s:
+            raise PrepareAborted(f"worker {self._worker_id} could not prepare epoch {number} in time")
+
+    def _undo(self, made: _Prepared) -> int:
+        """Forget what was made for an epoch that will not be; how many bytes that freed."""
+        made.close()
+        kept = self._names_in_use()
+        freed_bytes = self._weights.drop([name for name in made.fetched.names if name not in kept])
+        self._kv.fill(self._held_bytes(()), self._scheduler, self._between)
+        return freed_bytes
+
+    # Commit, retire, abort
+
+    def commit(self, number: int, deadline_s: float = 10.0) -> dict[str, Any]:
+        """{"pause_s", "step", "released"}, after the flip. Raises MembershipError; after a deadline the flip may still come."""
+        with self._lock:
+            self._settle()
+            if self._current is not None and self._current.number == number:
+                return self._flip_answer(self._current.following.done.result())
+            made = self._prepared.get(number)
+            if made is None:
+                current = "none" if self._current is None else self._current.number
+                raise MembershipError(f"epoch {number} is not prepared here (current: {current}); prepare it first")
+            self._engine.enter(made.following)
+        try:
+            flipped = made.following.done.result(deadline_s)
+        except TimeoutError:
+            raise MembershipError(
+                f"epoch {number}: the ranks did not flip within {deadline_s:g} s; a member was not told to commit, or hangs"
+            ) from None
+        with self._lock:
+            self._settle()
+        return self._flip_answer(flipped)
+
+    @staticmethod
+    def _flip_answer(flipped: Flipped) -> dict[str, Any]:
+        return {"pause_s": flipped.pause_s, "step": flipped.step, "released": list(flipped.released)}
+
+    def retire(self, number: int) -> dict[str, Any]:
+        """{"freed_bytes", "kv_bytes", "pause_s"}: epochs before `number` are over for all. Raises MembershipError before the flip."""
+        with self._lock:
+            self._settle()
+            if self._current is None or self._current.number < number:
+                raise MembershipError(f"epoch {number} is not current on worker {self._worker_id}; commit it first")
+            if self._retired.get("number") != number:
+                self._retired = {"number": number, "freed_bytes": self._let_go()}
+            return {
+                "freed_bytes": self._retired["freed_bytes"],
+                "kv_bytes": self._kv.kv_bytes,
+                "pause_s": self._engine.pause_s,
+            }
+
+    def _let_go(self) -> int:
+        for former in self._former:
+            former.close()
+        self._former = []
+        kept = self._names_in_use()
+        freed_bytes = self._weights.drop([name for name in self._expert_segments() if name not in kept])
+        if self._current is not None and self._current.rank is not None:
+            self._kv.fill(self._held_bytes(()), self._scheduler, self._between)
+        return freed_bytes
+
+    def abort(self, number: int) -> dict[str, Any]:
+        """{"freed_bytes"}. Ends a prepare that runs. Raises MembershipError after the flip."""
+        self._aborted.add(number)
+        self._cancel_connect(number)
+        self._weights.interrupt(self._fetching)
+        with self._lock:
+            self._settle()
+            if self._current is not None and self._current.number == number:
+                raise MembershipError(
+                    f"epoch {number} is current on worker {self._worker_id}: it can be left, not aborted"
+                )
+            made = self._prepared.get(number)
+            if made is None:
+                return {"freed_bytes": 0}
+            withdrawn = self._engine.withdraw(number).result(BETWEEN_STEPS_TIMEOUT_S)
+            if not withdrawn and made.following.done.done():
+                self._settle()
+                raise MembershipError(
+                    f"epoch {number} is current on worker {self._worker_id}: it can be left, not aborted"
+                )
+            del self._prepared[number]
+            return {"freed_bytes": self._undo(made)}
+
+    def close(self) -> None:
+        """The process or the worker in it ends: peers see this rank as gone. After the engine has stopped."""
+        with self._lock:
+            self._settle()
+            for made in (*self._former, *self._prepared.values(), *([self._current] if self._current else [])):
+                made.close()
+            self._former, self._prepared, self._current = [], {}, None
+
+    # What there is
+
+    @property
+    def epoch(self) -> Epoch | None:
+        with self._lock:
+            self._settle()
+            return None if self._current is None else self._current.epoch
+
+    def wait_trouble(self) -> Future[Trouble]:
+        """Done as soon as the group breaks; at once while it is broken."""
+        waiter: Future[Trouble] = Future()
+        with self._trouble_lock:
+            if self._engine.trouble is None:
+                self._trouble_waiters.append(waiter)
+            else:
+                waiter.set_result(self._engine.trouble)
+        return waiter
+
+    def status(self) -> dict[str, Any]:
+        """Epoch, rank, experts and KV held. Does not wait for a transition that runs."""
+        current = self._current
+        if current is not None:
+            newest = [made for made in self._prepared.copy().values() if made.following.done.done()]
+            current = newest[-1] if newest else current
+        epoch = None if current is None else current.epoch
+        return {
+            "epoch": None if epoch is None else epoch.number,
+            "rank": None if current is None else current.rank,
+            "members": [] if epoch is None else [member.worker_id for member in epoch.members],
+            "experts_held": 0 if current is None or current.experts is None else sum(map(len, current.experts.held)),
+            "experts_bytes": 0 if current is None or current.experts is None else current.experts.nbytes,
+            "kv_bytes": self._kv.kv_bytes,
+            "paused": self._engine.paused,
+            "pause_s": self._engine.pause_s,
+            "prepared": sorted(self._prepared.copy()),
+        }
+
+    # Private
+
+    def _settle(self) -> None:
+        """Take note of flips that took place."""
+        for number, made in sorted(self._prepared.items()):
+            if made.following.done.done():
+                del self._prepared[number]
+                if self._current is not None:
+                    self._former.append(self._current)
+                self._current = made
+
+    def _note_trouble(self, trouble: Trouble) -> None:
+        with self._trouble_lock:
+            waiters, self._trouble_waiters = self._trouble_waiters, []
+        for waiter in waiters:
+            if waiter.set_running_or_notify_cancel():
+                waiter.set_result(trouble)
+
+    def _names_in_use(self) -> set[str]:
+        made = [*self._former, *self._prepared.values(), *([self._current] if self._current else [])]
+        return {name for each in made for name in each.names}
+
+    def _expert_segments(self) -> dict[str, int]:
+        return {name: nbytes for name, nbytes in self._weights.segments().items() if is_experts(name)}
+
+    def _held_bytes(self, more: Sequence[str]) -> int:
+        """Bytes of the expert segments that are here, and of those that are to come."""
+        return self._bound.layout.group_bytes * len(self._expert_segments().keys() | set(more))
+
+    def _between(self, function: Callable[[], T]) -> T:
+        return self._engine.call(function).result(BETWEEN_STEPS_TIMEOUT_S)
