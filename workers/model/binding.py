@@ -139,7 +139,7 @@ def held_slabs(bound: BoundModel, held: Sequence[Sequence[int]], memory: Tensor)
     groups = held_groups(layout, held)
     if (
         memory.dtype != torch.uint8
-        or memory.device != bound.device
+        or memory.device.type != bound.device.type
         or memory.numel() != len(groups) * layout.group_bytes
     ):
         raise ValueError(

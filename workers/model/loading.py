@@ -40,9 +40,8 @@ def compact(segments: Sequence[Tensor], *, device: str | torch.device | None = N
     first, total = segments[0], sum(len(segment) for segment in segments)
     begin, end = first.data_ptr(), first.data_ptr()
     together = (
-        first.device == target
-        and begin + total <= first.untyped_storage().data_ptr() + first.untyped_storage().nbytes()
-    )
+        first.device == target or target == torch.device(first.device.type)
+    ) and begin + total <= first.untyped_storage().data_ptr() + first.untyped_storage().nbytes()
     for segment in segments:
         together = together and segment.data_ptr() == end
         end += len(segment)
