@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -11,6 +12,9 @@ import flexpert
 from flexpert.cli.errors import CommandError
 from flexpert.cli.options import parse_bytes
 from flexpert.controller.runtime_dir import RuntimeDir, RuntimeDirError, find
+
+if TYPE_CHECKING:
+    from flexpert.cli.api import AdminApi
 
 app = typer.Typer(
     name="flexpert",
@@ -25,6 +29,23 @@ app = typer.Typer(
 hbm_app = typer.Typer(help="Look after the HBM manager, the process that owns weights and KV.", no_args_is_help=True)
 app.add_typer(hbm_app, name="hbm")
 
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        metavar="URL",
+        help="Gateway of a cluster elsewhere. [env: FLEXPERT_URL; default: of --name on this machine]",
+    ),
+]
+AdminKeyOption = Annotated[
+    str | None, typer.Option("--admin-key", metavar="KEY", help="Its admin key. [env: FLEXPERT_ADMIN_KEY, with --url]")
+]
+NoWait = Annotated[bool, typer.Option("--no-wait", help="Return at once; the transition goes on.")]
+RequestIdOption = Annotated[
+    str | None,
+    typer.Option("--request-id", metavar="ID", help="The same id again begins nothing new, it follows what it began."),
+]
+Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 Name = Annotated[str, typer.Option("--name", help="Name of the cluster; several can run side by side.")]
 
 
@@ -77,9 +98,20 @@ def up(
         typer.Option(envvar="FLEXPERT_API_KEY", help="Key that clients must send. [default: a new one, printed]"),
     ] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Ask clients for no key.")] = False,
+    admin_key: Annotated[
+        str | None,
+        typer.Option(envvar="FLEXPERT_ADMIN_KEY", help="Key of the admin API. [default: a new one]"),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Workers that serve at first, each on a device of its own.")] = 1,
     standby: Annotated[
-        int, typer.Option(min=0, max=4, help="Warm processes that wait to replace a worker that dies.")
+        int, typer.Option(min=0, max=4, help="Warm processes that wait to replace a worker that dies, or to join.")
     ] = 1,
+    max_workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="How far it may be scaled. [default: the GPUs there are; on the CPU 4, or more with --workers]"
+        ),
+    ] = None,
     name: Name = "default",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error; the logs: flexpert logs.")] = "info",
     drain_timeout: Annotated[
@@ -119,7 +151,10 @@ def up(
             max_batch_tokens=max_batch_tokens,
             api_key=api_key or None,
             no_auth=no_auth,
+            admin_key=admin_key or None,
+            workers=workers,
             standbys=standby,
+            max_workers=max_workers,
             log_level=_one_of("--log-level", log_level, ("debug", "info", "warning", "error")),
             drain_timeout_s=drain_timeout,
         )
@@ -139,14 +174,57 @@ def down(
 
 
 @app.command()
-def status(
-    name: Name = "default", json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False
+def scale(
+    workers: Annotated[int, typer.Argument(help="How many are to serve.")],
+    no_wait: NoWait = False,
+    request_id: RequestIdOption = None,
+    json: Json = False,
+    name: Name = "default",
+    url: UrlOption = None,
+    admin_key: AdminKeyOption = None,
 ) -> None:
-    """Show a running cluster: its model, worker, memory and load."""
-    from flexpert.cli import show
-    from flexpert.cli.admin import ask
+    """Change the number of workers while they serve, and follow it; Ctrl-C stops following, not the change."""
+    from flexpert.cli.api import find_api
 
-    found = ask(_runtime(name), "status")
+    api = find_api(name, url=url, admin_key=admin_key)
+    _follow(
+        api, lambda wish: api.scale(workers, request_id=wish), request_id=request_id, no_wait=no_wait, json=json,
+        again=f"flexpert scale {workers}",
+    )  # fmt: skip
+
+
+@app.command()
+def drain(
+    worker: Annotated[str, typer.Argument(help="Which one, e.g. worker-1; `flexpert status` lists them.")],
+    no_wait: NoWait = False,
+    request_id: RequestIdOption = None,
+    json: Json = False,
+    name: Name = "default",
+    url: UrlOption = None,
+    admin_key: AdminKeyOption = None,
+) -> None:
+    """Take one worker out, any of them; its requests go on at the others."""
+    from flexpert.cli.api import find_api
+
+    api = find_api(name, url=url, admin_key=admin_key)
+    _follow(
+        api, lambda wish: api.drain(worker, request_id=wish), request_id=request_id, no_wait=no_wait, json=json,
+        again=f"flexpert drain {worker}",
+    )  # fmt: skip
+
+
+@app.command()
+def status(
+    name: Name = "default",
+    json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False,
+    url: UrlOption = None,
+    admin_key: AdminKeyOption = None,
+) -> None:
+    """Show a running cluster: its model, epoch, workers, memory and load, and the transition in progress."""
+    from flexpert.cli import show
+    from flexpert.cli.look import read_status
+
+    found = read_status(name, url=url, admin_key=admin_key)
     typer.echo(show.as_json(found) if json else show.describe_status(found))
 
 
@@ -174,35 +252,29 @@ def logs(
 
 @hbm_app.command()
 def check(name: Name = "default") -> None:
-    """Have the HBM manager prove its books: every granule has one owner, every mapping a lease. Exit code 0 when all is well."""
-    from flexpert.cli.screen import describe_memory
-    from flexpert.controller.node_agent import MANAGER_NAME
-    from flexpert.hbm import check_manager
+    """Have every HBM manager prove its books: each granule has one owner, each mapping a lease. Exit code 0 when all is well."""
+    from flexpert.cli.show import check_books
 
-    report = check_manager(_runtime(name).path, MANAGER_NAME)
-    if not report.running:
-        raise CommandError("stopped", report.problems[0])
-    if report.problems:
-        raise CommandError(
-            "internal", "the HBM manager's books are wrong:\n" + "\n".join(f"  {line}" for line in report.problems)
-        )
-    info = report.info
-    assert info is not None
-    books = {"budget_bytes": info.budget_bytes, "free_bytes": info.free_bytes, "pid": info.pid}
-    typer.echo(f"all is well: {describe_memory({'manager': books})}")
+    runtime = _runtime(name)
+    for line in check_books(runtime):
+        typer.echo(line)
 
 
 @app.command()
 def events(
-    name: Name = "default", json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False
+    name: Name = "default",
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    after: Annotated[int, typer.Option(min=0, help="Only those with a higher sequence number.")] = 0,
+    url: UrlOption = None,
+    admin_key: AdminKeyOption = None,
 ) -> None:
-    """Tell what happened in a cluster: started, loaded, died, replaced, each with its time."""
+    """Tell what happened in a cluster and why: started, scaled, died, replaced, each with its time."""
     import json as json_module
 
     from flexpert.cli import show
-    from flexpert.controller.journal import read_events
+    from flexpert.cli.look import read_history
 
-    for event in read_events(_runtime(name)):
+    for event in read_history(name, after=after, url=url, admin_key=admin_key):
         typer.echo(json_module.dumps(event) if json else show.describe_event(event))
 
 
@@ -223,6 +295,30 @@ def _runtime(name: str) -> RuntimeDir:
         return find(name)
     except RuntimeDirError as error:
         raise CommandError("directory", str(error)) from error
+
+
+def _follow(
+    api: AdminApi,
+    begin: Callable[[str], dict[str, Any]],
+    *,
+    request_id: str | None,
+    no_wait: bool,
+    json: bool,
+    again: str,
+) -> None:
+    from rich.console import Console
+
+    from flexpert.cli import show
+    from flexpert.cli.scale import begin_and_follow, describe_transition
+
+    transition, code = begin_and_follow(
+        begin, api, request_id=request_id, wait=not no_wait, console=Console(quiet=json), again=lambda wish: f"{again} --request-id {wish}",
+    )  # fmt: skip
+    if json:
+        typer.echo(show.as_json(transition))
+    elif not code:
+        typer.echo(describe_transition(transition))
+    raise typer.Exit(code)
 
 
 def _one_of(option: str, found: str, choices: tuple[str, ...]) -> str:

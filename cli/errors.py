@@ -16,6 +16,12 @@ EXIT_CODES = {
     "ray": 10,
     "directory": 11,
     "stopped": 12,
+    "unauthorised": 13,
+    "not_found": 14,
+    "conflict": 15,
+    "impossible": 16,
+    "unreachable": 17,
+    "transition": 18,
 }
 
 

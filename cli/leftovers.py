@@ -58,7 +58,7 @@ def _kill_actors(address: str, name: str) -> list[str]:
 
 
 def _stop_manager(runtime: RuntimeDir) -> list[str]:
-    from flexpert.controller.node_agent import MANAGER_NAME
     from flexpert.hbm import stop_manager
 
-    return ["ended the HBM manager"] if stop_manager(runtime.path, MANAGER_NAME) else []
+    ended = [device for device in runtime.manager_names() if stop_manager(runtime.path, device)]
+    return [f"ended the HBM manager{'s' * (len(ended) > 1)} of {', '.join(ended)}"] if ended else []

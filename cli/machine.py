@@ -11,6 +11,7 @@ from flexpert.cli.errors import CommandError
 from flexpert.cli.options import show_bytes
 
 HOST_MEMORY_SHARE = 0.6  # of what is free: the pool is only taken where it is used, the rest is for the processes
+CPU_WORKERS = 4  # how far a cluster on the CPU can be scaled where nothing was said
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -36,9 +37,9 @@ def available_memory_bytes() -> int:
     return available if limit == "max" else min(available, max(0, int(limit) - used))
 
 
-def default_memory_bytes() -> int:
-    """The budget of the HBM manager where none was given."""
-    return int(available_memory_bytes() * HOST_MEMORY_SHARE)
+def default_memory_bytes(workers: int) -> int:
+    """The budget of each device where none was given: the workers at the start share it. Those that join later share what they use."""
+    return int(available_memory_bytes() * HOST_MEMORY_SHARE) // workers
 
 
 def check_memory(wanted_bytes: int) -> None:
@@ -50,6 +51,27 @@ def check_memory(wanted_bytes: int) -> None:
             f"--memory: found {show_bytes(available)} of free memory on this machine, {show_bytes(wanted_bytes)} were asked for; "
             "give less, or end what holds it",
         )
+
+
+def gpus() -> int:
+    """How many GPUs this machine shows us."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    return len([path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)])
+
+
+def most_workers(device: str, *, workers: int, asked: int | None) -> int:
+    """How many devices the cluster may use: the GPUs there are, or as many on the CPU as were asked for. Raises CommandError."""
+    most = asked if asked is not None else gpus() if device == "cuda" else max(CPU_WORKERS, workers)
+    if device == "cuda" and max(most, workers) > gpus():
+        option = f"--workers {workers}" if workers >= most else f"--max-workers {most}"
+        raise CommandError(
+            "device", f"{option}: found {gpus()} GPUs on this machine, each worker needs one; give at most that many"
+        )
+    if workers > most:
+        raise CommandError("usage", f"--workers {workers}: expected at most the {most} of --max-workers")
+    return most
 
 
 def resolve_device(wanted: str) -> str:

@@ -58,7 +58,16 @@ class Screen:
             self._bar.stop()
             self._bar = None
 
-    def ready(self, source: ModelSource, *, url: str, key: str | None, status: dict[str, Any]) -> None:
+    def ready(
+        self,
+        source: ModelSource,
+        *,
+        url: str,
+        key: str | None,
+        admin_key: str,
+        status: dict[str, Any],
+        max_workers: int,
+    ) -> None:
         """All that a first user needs, ending with a line to paste."""
         self.end_progress()
         self.step("ready")
@@ -67,6 +76,7 @@ class Screen:
             f"  Model    {source.model_id}",
             f"  URL      {url}/v1",
             f"  API key  {key or '(none: everyone who reaches the port is let in)'}",
+            f"  Admin    {admin_key} (key of the admin API)",
         ]
         if held := describe_memory(status):
             lines.append(f"  Memory   {held}")
@@ -80,6 +90,7 @@ class Screen:
             "",
             f"  {curl_line(source, url=url, key=key)}",
             "",
+            *(["Scale it while it serves: flexpert scale 2", ""] if max_workers > 1 else []),
             "Ctrl-C (or `flexpert down`) ends it.",
             "",
         ]
@@ -100,7 +111,7 @@ def curl_line(source: ModelSource, *, url: str, key: str | None) -> str:
 
 def describe_memory(status: dict[str, Any]) -> str:
     """The manager's books in a few words; empty where it did not tell."""
-    manager = status.get("manager") or {}
+    manager: dict[str, Any] = status.get("manager") or next(iter((status.get("managers") or {}).values()), {})
     if "budget_bytes" not in manager:
         return ""
     used = manager["budget_bytes"] - manager["free_bytes"]

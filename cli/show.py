@@ -10,6 +10,7 @@ from typing import Any
 
 from flexpert.cli.errors import CommandError
 from flexpert.cli.options import show_bytes
+from flexpert.cli.scale import describe_transition
 from flexpert.cli.screen import describe_memory
 from flexpert.controller.runtime_dir import RuntimeDir
 
@@ -17,35 +18,70 @@ FOLLOW_S = 0.2
 
 
 def describe_status(status: dict[str, Any]) -> str:
-    """The cluster in a dozen lines."""
+    """The cluster in some lines: what it is, who serves with what, what is changing."""
     gateway = status.get("gateway") or {}
     phase = "ready" if status["ready"] else status["phase"]
+    up_pid = (status.get("up") or {}).get("pid")
     rows = [
-        ("cluster", f"{status['name']}: {phase}, up for {status['uptime_s']:.0f} s (pid {status['up']['pid']})"),
+        (
+            "cluster",
+            f"{status['name']}: {phase}, up for {status['uptime_s']:.0f} s" + (f" (pid {up_pid})" if up_pid else ""),
+        ),
         ("model", status["model"]),
         ("url", f"{status['url']}/v1 (gateway pid {gateway.get('pid', '-')})"),
         ("epoch", str(status["epoch"])),
     ]
     for worker in status["workers"]:
-        if worker:
+        if worker and worker.get("worker_id"):
             rows.append((worker["worker_id"], describe_worker(worker)))
-    rows.append(("memory", describe_memory(status) or "the HBM manager does not answer"))
+    if (transition := status.get("transition")) and (transition["state"] == "running"):
+        rows.append(("transition", describe_transition(transition)))
+    rows += describe_devices(status)
     rows.append(("processes", ", ".join(f"{name} {p['phase']}" for name, p in status["processes"].items())))
     return "\n".join(f"{name:<10} {text}" for name, text in rows)
 
 
 def describe_worker(worker: dict[str, Any]) -> str:
-    """One worker in a line."""
-    text = f"{worker['device']} {worker['dtype']}, incarnation {worker['incarnation']}, pid {worker['pid']}"
-    if stats := worker.get("stats"):
-        text += (
-            f"; requests: {stats['running']} running, {stats['waiting']} waiting"
-            f"; KV: {stats['kv_used_tokens']} of {stats['kv_capacity_tokens']} tokens"
-        )
+    """One worker in a line: where it is, what it holds, what it does."""
+    parts = [
+        f"{worker.get('device', '-')} {worker.get('dtype', '')}, incarnation {worker.get('incarnation', '-')}, pid {worker.get('pid', '-')}"
+    ]
+    if worker.get("experts") is not None:
+        parts.append(f"{worker['experts']} experts")
     for name in ("weights_bytes", "kv_bytes"):
         if worker.get(name) is not None:
-            text += f"; {name.removesuffix('_bytes')} {show_bytes(worker[name])}"
-    return text
+            parts.append(f"{name.removesuffix('_bytes')} {show_bytes(worker[name])}")
+    if stats := worker.get("stats"):
+        parts.append(f"KV: {stats['kv_used_tokens']} of {stats['kv_capacity_tokens']} tokens")
+        parts.append(f"requests: {stats['running']} running, {stats['waiting']} waiting")
+    return "; ".join(parts)
+
+
+def describe_devices(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """A row for the manager of each device that is in use."""
+    managers = status.get("managers") or {"memory": status.get("manager") or {}}
+    rows = [(name, describe_memory({"manager": books})) for name, books in managers.items()]
+    return [(name, text) for name, text in rows if text] or [("memory", "no HBM manager answers")]
+
+
+def check_books(runtime: RuntimeDir) -> list[str]:
+    """Have the managers of all devices prove their books. Raises CommandError where none runs, or where one is wrong."""
+    from flexpert.hbm import check_manager
+
+    reports = {device: check_manager(runtime.path, device) for device in runtime.manager_names()}
+    running = {device: report for device, report in reports.items() if report.running}
+    if not running:
+        raise CommandError("stopped", f"no HBM manager of a cluster named {runtime.name!r} runs")
+    wrong = [f"  {device}: {line}" for device, report in running.items() for line in report.problems]
+    if wrong:
+        raise CommandError("internal", "the books of an HBM manager are wrong:\n" + "\n".join(wrong))
+    lines = []
+    for device, report in running.items():
+        assert report.info is not None
+        info = report.info
+        books = {"budget_bytes": info.budget_bytes, "free_bytes": info.free_bytes, "pid": info.pid}
+        lines.append(f"{device}: all is well: {describe_memory({'manager': books})}")
+    return lines
 
 
 def describe_event(event: dict[str, Any]) -> str:

@@ -68,7 +68,10 @@ class UpOptions:
     max_batch_tokens: int = 512
     api_key: str | None = None
     no_auth: bool = False
+    admin_key: str | None = None
+    workers: int = 1
     standbys: int = 1
+    max_workers: int | None = None
     log_level: str = "info"
     drain_timeout_s: float = 30.0
 
@@ -101,6 +104,7 @@ class _Up:
         self._ray: Any = None
         self._controller: Any = None
         self._api_key: str | None = None
+        self._admin_key = options.admin_key or "fxa-" + secrets.token_urlsafe(24)
         self._source: ModelSource
         self._spec: ClusterSpec
 
@@ -124,10 +128,11 @@ class _Up:
     def _make_spec(self) -> ClusterSpec:
         options = self._options
         device = machine.resolve_device(options.device)
+        max_workers = machine.most_workers(device, workers=options.workers, asked=options.max_workers)
         _check_port(options.host, options.port)
         if options.memory_bytes is not None:
-            machine.check_memory(options.memory_bytes)
-        memory_bytes = options.memory_bytes or machine.default_memory_bytes()
+            machine.check_memory(options.memory_bytes * (options.workers if device == "cpu" else 1))
+        memory_bytes = options.memory_bytes or machine.default_memory_bytes(options.workers)
         if options.kv_bytes is not None and options.kv_bytes >= memory_bytes:
             raise CommandError(
                 "memory",
@@ -135,6 +140,11 @@ class _Up:
             )
         self._source = resolve_model(options.model)
         self._api_key = None if options.no_auth else options.api_key or "fx-" + secrets.token_urlsafe(24)
+        if self._api_key == self._admin_key:
+            raise CommandError(
+                "usage",
+                "the API key and the admin key are the same; whoever may ask the model could end it: give another",
+            )
         self._screen.step(f"model {self._source.model_id} ({self._source.directory}) on {device}")
         return ClusterSpec(
             name=options.name,
@@ -152,12 +162,15 @@ class _Up:
             host=options.host,
             port=options.port,
             api_keys=() if self._api_key is None else (self._api_key,),
+            admin_keys=(self._admin_key,),
             cluster_token=secrets.token_hex(24),
             log_level=options.log_level,
             standbys=options.standbys,
+            workers=options.workers,
+            max_workers=max_workers,
             threads=machine.cores(),
             drain_timeout_s=options.drain_timeout_s,
-            num_gpus=1 if device == "cuda" else 0,
+            num_gpus=max_workers if device == "cuda" else 0,
         )
 
     def _start_ray(self) -> None:
@@ -224,7 +237,12 @@ class _Up:
                 ready = True
                 self._write_state(port=state["port"], ready=True)
                 self._screen.ready(
-                    self._source, url=self._url(state["port"]), key=self._api_key, status=await self._answer("status")
+                    self._source,
+                    url=self._url(state["port"]),
+                    key=self._api_key,
+                    admin_key=self._admin_key,
+                    status=await self._answer("status"),
+                    max_workers=self._spec.max_workers,
                 )
             if self._stop_asked.is_set():
                 if not stopping:
@@ -291,6 +309,7 @@ class _Up:
                 "ray_temp_dir": None if temp_dir is None else str(temp_dir),
                 "url": None if port is None else self._url(port),
                 "api_key": self._api_key,
+                "admin_key": self._admin_key,
                 "ready": ready,
             },
         )

@@ -39,7 +39,7 @@ def environment(runtime: Path, **more: str) -> dict[str, str]:
     kept = {
         key: value
         for key, value in os.environ.items()
-        if key not in ("RAY_ADDRESS", "FLEXPERT_API_KEY", "XDG_RUNTIME_DIR")
+        if key not in ("RAY_ADDRESS", "FLEXPERT_API_KEY", "FLEXPERT_ADMIN_KEY", "FLEXPERT_URL", "XDG_RUNTIME_DIR")
     }
     return {**kept, "FLEXPERT_RUNTIME_DIR": str(runtime), "HF_HUB_OFFLINE": "1", **more}
 
