@@ -9,7 +9,7 @@ import contextlib
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from flexpert.hbm.books import Books
 from flexpert.hbm.errors import BudgetError, BusyError, FencedError, HbmError, LoadError, NotFoundError, ProtocolError
@@ -21,6 +21,7 @@ NUM_GRANULES = 24
 GEOMETRIES = [Geometry(2, 4, 4), Geometry(3, 5, 10), Geometry(1, 30, 20)]
 AS_IT_IS = Geometry(2, 4, 0)  # with as many granules as the arena has
 SIZES = [1, 100, 250, 301, 700, 1100]
+NAMES = st.none() | st.lists(st.sampled_from("abcd"), min_size=1, max_size=3)
 OUTCOMES = st.sampled_from("rrrfl")
 
 
@@ -303,6 +304,11 @@ class AnyHistory(RuleBasedStateMachine):
     keys = st.sampled_from(["w"])
     names = st.sampled_from(["kv", "kv", "kv", "kv2"])
 
+    @initialize()
+    def two_clients(self) -> None:
+        self.connect(0)
+        self.connect(1)
+
     @rule(newer=st.integers(-1, 2))
     def connect(self, newer: int) -> None:
         self.next_client += 1
@@ -382,10 +388,10 @@ class AnyHistory(RuleBasedStateMachine):
         else:
             self.books.weights.load_failed(load_id, "why not")
 
-    @rule(key=keys, number=clients, names=st.none() | st.lists(st.sampled_from("abcd"), max_size=3))
-    def pin(self, key: str, number: int, names: list[str] | None) -> None:
+    @rule(key=keys, number=clients, names=NAMES, times=st.integers(1, 2))
+    def pin(self, key: str, number: int, names: list[str] | None, times: int) -> None:
         client = self.pick(number)
-        if client is not None:
+        for _ in range(times if client is not None else 0):
             with contextlib.suppress(NotFoundError, BusyError, HbmError):
                 pin, _ = self.books.weights.pin(key, names, client)
                 assert names is None or [segment.name for segment in pin.segments] == names
@@ -400,7 +406,7 @@ class AnyHistory(RuleBasedStateMachine):
             self.books.weights.unpin(read[2], read[0])
             self.reads.remove(read)
 
-    @rule(key=keys, names=st.none() | st.lists(st.sampled_from("abcd"), max_size=3))
+    @rule(key=keys, names=NAMES)
     def drop(self, key: str, names: list[str] | None) -> None:
         before = self.books.weights.ready_segments(key)
         try:
@@ -411,6 +417,8 @@ class AnyHistory(RuleBasedStateMachine):
         assert set(abandoned) <= set(self.fills)
         left = {name: size for name, size in before.items() if names is not None and name not in names}
         assert self.books.weights.ready_segments(key) == left
+        gone = dict.fromkeys("abcd" if names is None else names, 1)
+        assert self.books.weights.outstanding(key, gone) == (gone, None)
 
     @rule(name=names, number=clients, geometry=st.sampled_from([*GEOMETRIES, AS_IT_IS]))
     def open_arena(self, name: str, number: int, geometry: Geometry) -> None:
@@ -451,6 +459,17 @@ class AnyHistory(RuleBasedStateMachine):
             added = set(ids_of(self.books.grow_arena(self.books.arena_of(lease_id, client), count)))
             assert len(added) == count and added.isdisjoint(granules)
             self.writes[lease_id] = (client, granules | added, owner_id)
+
+    @precondition(lambda self: self.writes)
+    @rule(number=clients, index=st.integers(0, 23))
+    def shrink_what_is_mapped(self, number: int, index: int) -> None:
+        lease_id = sorted(self.writes)[number % len(self.writes)]
+        client, granules, _ = self.writes[lease_id]
+        arena = self.books.arena_of(lease_id, client)
+        granule = sorted(granules)[index % len(granules)]
+        self.books.map(arena, 0, 0, [granule])
+        with pytest.raises(HbmError):
+            self.books.shrink_arena(arena, [Extent(granule, 1)])
 
     @precondition(lambda self: self.writes)
     @rule(number=clients, ids=st.lists(st.integers(-1, 25), max_size=4), own=st.booleans())
