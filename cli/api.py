@@ -59,7 +59,7 @@ class AdminApi:
     def events(self, *, after: int) -> list[dict[str, Any]]:
         """All that are newer, page by page."""
         found: list[dict[str, Any]] = []
-        while page := self._call("GET", "/events?" + urlencode({"after": after}))["data"]:
+        while page := self._call("GET", "/events?" + urlencode({"after": after}))["events"]:
             found += page
             after = page[-1]["sequence"]
         return found

@@ -46,8 +46,8 @@ def describe_worker(worker: dict[str, Any]) -> str:
     parts = [
         f"{worker.get('device', '-')} {worker.get('dtype', '')}, incarnation {worker.get('incarnation', '-')}, pid {worker.get('pid', '-')}"
     ]
-    if worker.get("experts") is not None:
-        parts.append(f"{worker['experts']} experts")
+    if worker.get("experts_held") is not None:
+        parts.append(f"{worker['experts_held']} experts")
     for name in ("weights_bytes", "kv_bytes"):
         if worker.get(name) is not None:
             parts.append(f"{name.removesuffix('_bytes')} {show_bytes(worker[name])}")

@@ -99,7 +99,8 @@ def _add_reads(router: APIRouter, desk: ControllerDesk) -> None:
     @router.get("/status", responses={200: {"model": words.ClusterStatus}})
     async def cluster_status() -> Response:
         """The cluster: epoch, workers, devices, experts and KV held by each, the transition in progress."""
-        return JSONResponse(await desk.ask("status"))
+        status = await desk.ask("status")
+        return JSONResponse({**status, "workers": [worker for worker in status["workers"] if worker]})
 
     @router.get("/workers", responses={200: {"model": words.WorkerList}})
     async def list_workers() -> Response:
@@ -125,9 +126,7 @@ def _add_reads(router: APIRouter, desk: ControllerDesk) -> None:
         """What happened and why, oldest first. The controller keeps the last 1000."""
         told = await desk.ask("events", after)
         events = [event for event in told["events"] if event["sequence"] > after][:limit]
-        return JSONResponse(
-            {"object": "list", "data": events, "last": events[-1]["sequence"] if events else told["last"]}
-        )
+        return JSONResponse({"events": events, "last": events[-1]["sequence"] if events else told["last"]})
 
 
 def _add_changes(router: APIRouter, desk: ControllerDesk) -> None:

@@ -104,6 +104,5 @@ class Event(_Told):
 
 
 class EventList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Event]
+    events: list[Event]
     last: int = Field(description="Number of the newest event; ask with after=last for what comes next.")

@@ -24,6 +24,7 @@ log = logging.getLogger("flexpert.gateway")
 _FRESH_S = 1.0
 _WAIT_S = 0.5
 _CALL_TIMEOUT_S = 10.0
+_WAY_IN = ("process", "start", "prepare")  # steps of a joiner before it can be committed
 _JOIN_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 _PAUSE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
@@ -83,8 +84,9 @@ class ClusterFacts(Collector):
     async def _follow(self, call: CallController) -> None:
         told = await call("events", self._last_event)
         for event in told["events"]:
-            if event["sequence"] > self._last_event and event["time_s"] >= self._began_s and event.get("transition_id"):
-                self._followed.add(event["transition_id"])
+            transition_id = event.get("transition")
+            if transition_id and event["sequence"] > self._last_event and event["time_s"] >= self._began_s:
+                self._followed.add(transition_id)
         self._last_event = max(self._last_event, told["last"])
         for transition_id in sorted(self._followed):
             progress = await call("transition", transition_id)
@@ -100,13 +102,13 @@ class ClusterFacts(Collector):
         if progress["state"] != "done":
             return
         for member in progress.get("members", ()):
-            seconds = dict(member.get("seconds") or {})
-            pause_s = seconds.pop("commit", None)
+            seconds = member.get("seconds") or {}
             if member["role"] == "joins":
-                if seconds:
-                    self._join.labels("cold" if member.get("cold") else "warm").observe(sum(seconds.values()))
-            elif pause_s is not None:
-                self._pause.observe(pause_s)
+                way_s = [seconds[step] for step in _WAY_IN if step in seconds]
+                if way_s:
+                    self._join.labels("cold" if member.get("cold") else "warm").observe(sum(way_s))
+            elif member["role"] == "stays" and "commit" in seconds:
+                self._pause.observe(seconds["commit"])
 
     # At each scrape
 
@@ -118,7 +120,7 @@ class ClusterFacts(Collector):
         yield _gauge("flexpert_workers_serving", "Workers that take part in the epoch.", len(serving))
         yield self._running(status.get("transition") or {})
         yield _by_worker("flexpert_worker_kv_bytes", "Memory for KV.", workers, "kv_bytes")
-        yield _by_worker("flexpert_worker_experts", "Expert slabs that it holds.", workers, "experts")
+        yield _by_worker("flexpert_worker_experts", "Expert slabs that it holds.", workers, "experts_held")
 
     def describe(self) -> Iterator[Metric]:
         return iter(())

@@ -112,7 +112,7 @@ class PlayedController:
 
     def status(self) -> dict[str, Any]:
         workers = [
-            {"worker_id": name, "device": "cpu", "dtype": "float32", "incarnation": 1, "pid": 7, "experts": 12, "kv_bytes": 1 << 20,
+            {"worker_id": name, "device": "cpu", "dtype": "float32", "incarnation": 1, "pid": 7, "experts_held": 12, "kv_bytes": 1 << 20,
              "address": "unix:/x"} for name in self.workers
         ]  # fmt: skip
         books = {"budget_bytes": 2 << 30, "free_bytes": 1 << 30, "pid": 8}

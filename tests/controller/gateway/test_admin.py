@@ -48,7 +48,7 @@ class PlayedController:
             raise self.refusal
         match method:
             case "status":
-                workers = [{"worker_id": "worker-0", "experts": 12, "kv_bytes": 4096, "address": "unix:/x"}, {}]
+                workers = [{"worker_id": "worker-0", "experts_held": 12, "kv_bytes": 4096, "address": "unix:/x"}, {}]
                 return {"name": "default", "phase": "running", "ready": True, "epoch": 3, "model": "m", "workers": workers,
                         "transition": self.transition("t-1")}  # fmt: skip
             case "events":
@@ -60,7 +60,11 @@ class PlayedController:
     def transition(self, transition_id: str) -> dict[str, Any]:
         members = [
             {"worker_id": "worker-0", "role": "stays", "seconds": {"prepare": 0.2, "commit": 0.004}},
-            {"worker_id": "worker-1", "role": "joins", "seconds": {"start": 0.3, "prepare": 0.2, "commit": 0.0}},
+            {
+                "worker_id": "worker-1",
+                "role": "joins",
+                "seconds": {"start": 0.3, "prepare": 0.2, "commit": 0.0, "retire": 9.0},
+            },
         ]
         return {"transition_id": transition_id, "state": self.state, "kind": "scale", "phase": "prepare", "moved_bytes": 700,
                 "total_bytes": 1000, "seconds": 0.6, "members": members}  # fmt: skip
@@ -217,10 +221,10 @@ def test_status_workers_and_transition_are_passed_on(api: httpx.Client, controll
 def test_events_are_paged(api: httpx.Client, controller: PlayedController) -> None:
     controller.events = [{"sequence": number, "time_s": 1.0, "kind": "k", "text": "t"} for number in range(1, 8)]
     first = api.get("/admin/v1/events", params={"limit": 3}).json()
-    assert ([event["sequence"] for event in first["data"]], first["last"]) == ([1, 2, 3], 3)
+    assert ([event["sequence"] for event in first["events"]], first["last"]) == ([1, 2, 3], 3)
     rest = api.get("/admin/v1/events", params={"after": first["last"]}).json()
-    assert ([event["sequence"] for event in rest["data"]], rest["last"]) == ([4, 5, 6, 7], 7)
-    assert api.get("/admin/v1/events", params={"after": 7}).json() == {"object": "list", "data": [], "last": 7}
+    assert ([event["sequence"] for event in rest["events"]], rest["last"]) == ([4, 5, 6, 7], 7)
+    assert api.get("/admin/v1/events", params={"after": 7}).json() == {"events": [], "last": 7}
     assert error(api.get("/admin/v1/events", params={"after": "x"}))[0] == 400
 
 
@@ -251,8 +255,8 @@ def test_metrics_tell_of_the_cluster(harness: Any) -> None:
         facts._asked_s = -10.0
         return httpx.get(f"{gateway.url}/metrics").text
 
-    old = {"sequence": 1, "time_s": 1.0, "kind": "transition", "text": "before", "transition_id": "t-0"}
-    controller.events = [old, {**old, "sequence": 2, "time_s": facts._began_s + 1, "transition_id": "t-1"}]
+    old = {"sequence": 1, "time_s": 1.0, "kind": "transition", "text": "before", "transition": "t-0"}
+    controller.events = [old, {**old, "sequence": 2, "time_s": facts._began_s + 1, "transition": "t-1"}]
     text = scrape()
     for line in (
         "flexpert_epoch 3.0",
