@@ -245,8 +245,7 @@ class Transitions:
 
     def _manager_died(self, worker: str, reason: str) -> None:
         process = self._known(worker)
-        if worker in self.state.members:
-            self.state.lost.add(worker)
+        self.state.lost.add(worker)
         self._note("manager_died", f"the HBM manager of {worker} died: {reason}", worker=worker)
         if process:
             self._kill(worker, process, f"its HBM manager died: {reason}")
@@ -595,7 +594,8 @@ class Transitions:
             case "abort":
                 self._order(Abort(worker, process, running.number))
             case "release":
-                self._order(Release(worker, process))
+                keep_weights = running.phase == "abort" and worker in self.state.members
+                self._order(Release(worker, process, keep_weights))
 
     def _next_phase(self, running: Transition) -> None:
         match running.phase:

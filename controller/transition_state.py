@@ -153,7 +153,7 @@ class State:
 
 def to_journal(state: State) -> dict[str, Any]:
     """A value of JSON."""
-    found: dict[str, Any] = msgspec.to_builtins(state)
+    found: dict[str, Any] = msgspec.to_builtins(state, order="deterministic")
     return {"format": FORMAT, **found}
 
 

@@ -291,7 +291,7 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Retire:
-    """Let go of what the epochs before `number` needed."""
+    """Let go of what the epochs before `number` needed, and neither `number` nor one that is prepared since."""
 
     worker_id: str
     process: str
@@ -309,10 +309,12 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Let go of everything, become a standby. A process that was never started is one at once."""
+    """Let go of everything, become a standby. A process that was never started is one at once. keep: the device still counts as a holder of
+    its experts (a repair will read them there), so its manager's weights must stay; otherwise they may go, too."""
 
     worker_id: str
     process: str
+    keep: bool = False
 
 
 @dataclass(frozen=True, slots=True)

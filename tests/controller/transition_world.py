@@ -60,7 +60,8 @@ class Process:
     incarnation: int = 0
     started: bool = False
     current: int = 0
-    prepared: dict[int, tuple[int, ...] | None] = field(default_factory=dict)
+    share: set[int] = field(default_factory=set)
+    prepared: dict[int, set[int]] = field(default_factory=dict)
     stopped: bool = False
 
 
@@ -79,6 +80,7 @@ class World:
         self.notes: list[Note] = []
         self.answers: dict[str, Answer] = {}
         self.finished: dict[str, Finished] = {}
+        self.story: list[str] = []
         self.sent: list[Instruction] = []
         self.next_process = 0
         self.number = 0
@@ -87,8 +89,10 @@ class World:
 
     def send(self, event: Event) -> list[Instruction]:
         before = self.machine.state.current
+        self.story.append(f"{event}"[:150])
         orders = self.machine.handle(event)
         self.sent = orders
+        self.story += [f"    {order}"[:150] for order in orders]
         for order in orders:
             self.carry_out(order)
         self.check(before)
@@ -249,30 +253,29 @@ class World:
                 return WorkerStarted(worker, name, f"x:{name}", f"s:{name}", f"m:{worker}")
             case Prepare(worker, name, epoch):
                 process, rank = self.processes[name], epoch.rank_of(worker)
-                if epoch.number != process.current:
-                    process.prepared[epoch.number] = None if rank is None else ()
-                if rank is not None:
-                    held = groups_held(epoch.holders, [member.worker_id for member in epoch.members])
-                    self.contents[worker] |= set(held[worker])
+                held = groups_held(epoch.holders, [member.worker_id for member in epoch.members])
+                share = set(held[worker]) if rank is not None else set()
+                if epoch.number > process.current:
+                    process.prepared[epoch.number] = share
+                    self.contents[worker] |= share
                 return Prepared(worker, name, epoch.number, 10)
             case Commit(worker, name, number):
-                self.processes[name].current = number
-                self.processes[name].prepared.clear()
+                process = self.processes[name]
+                if number > process.current:
+                    process.current, process.share = number, process.prepared[number]
+                process.prepared = {n: share for n, share in process.prepared.items() if n > number}
                 return Committed(worker, name, number, 0.01)
             case Retire(worker, name, number):
-                current = self.machine.current
-                assert current is not None and current.number == number
-                held = groups_held(current.holders, [member.worker_id for member in current.members])
-                self.contents[worker] = set(held[worker])
+                process = self.processes[name]
+                self.contents[worker] &= process.share.union(*process.prepared.values())
                 return Retired(worker, name, number, 10)
             case Abort(worker, name, number):
                 self.processes[name].prepared.pop(number, None)
                 return Aborted(worker, name, number)
-            case Release(worker, name):
-                if self.processes[name].worker == worker:
-                    if self.processes[name].started:
-                        self.contents[worker].clear()
-                    del self.processes[name]
+            case Release(worker, name, keep):
+                process = self.processes.pop(name)
+                if process.started and not keep:
+                    self.contents[worker].clear()
                 return Released(worker, name)
         raise AssertionError(order)
 
