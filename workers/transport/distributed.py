@@ -150,7 +150,7 @@ class DistributedTransport:
             self._group.all_to_all(output, inputs, output_sizes, input_sizes)
         except RuntimeError as error:
             self._doorbells.check_open((step, phase, 0))
-            suspects = self._doorbells.gone() or self._peers
+            suspects = self._doorbells.suspects((step, phase, 0))
             raise StepMissed(f"step {step} phase {phase}: the exchange broke: {error}", suspects) from error
         found = output.split(output_sizes)
         return [piece[:size] for piece, size in zip(found, sizes, strict=True)]

@@ -5,8 +5,8 @@ wakes for one peer at a time, since a wake per peer costs more than reading the 
 the others only by hanging up. Doorbells of later phases are kept. Used by `mapped` and `distributed`; single-threaded but for
 `wake` and `close`.
 
-Who is a suspect: a rank that has waited for half of the deadline tells its peers so (a notice); at the deadline those that are only
-waiting themselves are not blamed.
+Who is a suspect: a rank that has waited for half of the deadline, or gives up, tells its peers so (a notice); those that are only
+waiting themselves, or have closed after they gave up, are not blamed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Peer:
         self.sock = sock
         self.kept: dict[Key, Doorbell] = {}
         self.last: Key = (-1, -1, -1)
-        self.waits_at: Key | None = None
+        self.waits_at: Key | None = None  # a notice; it is not the cause while that is where it is
         self.gone = False
         self.rest = b""
 
@@ -124,11 +124,22 @@ class Doorbells:
             if not self._closed:
                 os.eventfd_write(self._wake, 1)
 
-    def gone(self) -> list[int]:
-        """The peers whose sockets have ended, as far as was read."""
-        for peer in self._peers.values():
-            self._read_one(peer)
-        return [rank for rank, peer in self._peers.items() if peer.gone]
+    def suspects(self, key: Key) -> list[int]:
+        """Who seems to have broken what all ranks began with `key`: those that are gone, or else that neither say that it broke for them
+        too nor went on from there, within half of a deadline.
+        """
+        self._tell_waiting(key)
+        deadline = time.monotonic() + self.step_timeout_s / 2
+        while True:
+            for peer in self._peers.values():
+                self._read_one(peer)
+            silent = [peer for peer in self._peers.values() if peer.last <= key and peer.waits_at != key]
+            remaining_s = deadline - time.monotonic()
+            if dead := [peer.rank for peer in silent if peer.gone]:
+                return dead
+            if not silent or remaining_s <= 0 or self._closed:
+                return [peer.rank for peer in silent] or list(self._peers)
+            self._sleep(silent, remaining_s)
 
     def filenos(self) -> list[int]:
         """The sockets' descriptors, for a thread that waits for their end; it has to be done before `close`."""
@@ -199,8 +210,10 @@ class Doorbells:
     def _check(self, missing: Sequence[_Peer], key: Key) -> None:
         """Raise where one of `missing` will never send `key`."""
         self.check_open(key)
-        if dead := [peer.rank for peer in missing if peer.gone]:
-            raise StepMissed(f"epoch {self.epoch_number}, {_name(key)}: ranks {dead} are gone", dead)
+        if dead := [peer for peer in missing if peer.gone]:
+            self._tell_waiting(key)  # should this rank now close, it is not blamed for that
+            ranks = [peer.rank for peer in dead]
+            raise StepMissed(f"epoch {self.epoch_number}, {_name(key)}: ranks {ranks} are gone", _blamed(dead))
         for peer in missing:
             if peer.last > key and key not in peer.kept:
                 raise ProtocolError(f"rank {peer.rank} is at {_name(peer.last)} and left out {_name(key)}", [peer.rank])
@@ -219,9 +232,8 @@ class Doorbells:
 
     def _missed(self, missing: Sequence[_Peer], key: Key) -> StepMissed:
         ranks = [peer.rank for peer in missing]
-        idle = [peer.rank for peer in missing if peer.waits_at is None or peer.waits_at != peer.last]
         text = f"epoch {self.epoch_number}, {_name(key)}: ranks {ranks} took no part within {self.step_timeout_s:g} s"
-        return StepMissed(text, idle or ranks)
+        return StepMissed(text, _blamed(missing))
 
     def _tell_waiting(self, key: Key) -> None:
         for peer in self._peers.values():
@@ -240,6 +252,11 @@ class Doorbells:
             return
         if sent != len(data):
             raise ProtocolError(f"rank {peer.rank} has stopped reading its doorbells", [peer.rank])
+
+
+def _blamed(peers: Sequence[_Peer]) -> list[int]:
+    """Those of `peers` that did not say that they only wait themselves; all where nobody else is left."""
+    return [peer.rank for peer in peers if peer.waits_at != peer.last] or [peer.rank for peer in peers]
 
 
 def _name(key: Key) -> str:

@@ -107,6 +107,7 @@ class ProcessRank:
 def serve(connection: Connection) -> None:
     """Runs in the rank's process until its parent is gone."""
     player, lock = Player(), threading.Lock()
+    threads: list[threading.Thread] = []
 
     def run(number: int, operation: str, arguments: tuple, options: dict) -> None:
         try:
@@ -121,7 +122,14 @@ def serve(connection: Connection) -> None:
             number, operation, arguments, options = connection.recv()
         except EOFError:
             return
-        threading.Thread(target=run, args=(number, operation, arguments, options), daemon=True).start()
+        if operation == "resources":  # of this process when it does nothing else
+            for thread in threads:
+                thread.join()
+            run(number, operation, arguments, options)
+            continue
+        threads = [thread for thread in threads if thread.is_alive()]
+        threads.append(threading.Thread(target=run, args=(number, operation, arguments, options), daemon=True))
+        threads[-1].start()
 
 
 class World:
