@@ -35,7 +35,7 @@ from flexpert.workers.model.layout import is_experts
 from flexpert.workers.runner import ModelRunner
 from flexpert.workers.sampling import Sampler
 from flexpert.workers.scheduler import Scheduler, SchedulerConfig
-from flexpert.workers.transport import ExchangeListener, Transport, connect_mapped
+from flexpert.workers.transport import ExchangeListener, Transport, connect_distributed, connect_mapped
 from flexpert.workers.weights import drop_leftovers, weights_key
 from flexpert.workers.worker_config import WorkerConfig, WorkerStartError
 
@@ -264,9 +264,21 @@ def _scheduler(config: WorkerConfig, servable: ServableModel, kv: KvSpace) -> Sc
 
 
 def _connector(config: WorkerConfig, servable: ServableModel, listener: ExchangeListener) -> Connect:
+    """Mapped memory where all ranks are on this host's CPU, torch.distributed elsewhere."""
     most_bytes = capacity_bytes(servable, config.dtype_name, max_batch_tokens=config.batch_tokens)
+    device = torch.device(config.device)
 
     def connect(epoch: Epoch, rank: int, timeout_s: float) -> Transport:
+        if device.type != "cpu" or not all(member.exchange_address.startswith("unix:") for member in epoch.members):
+            return connect_distributed(
+                epoch,
+                rank,
+                listener,
+                device,
+                token=config.cluster_token,
+                step_timeout_s=config.step_timeout_s,
+                connect_timeout_s=timeout_s,
+            )
         return connect_mapped(
             epoch,
             rank,

@@ -25,8 +25,9 @@ class WorkerConfig:
     much more for KV. max_context_tokens None takes the model's own.
 
     epoch: None serves alone at once; else the draft of the epoch that this worker joins, encoded: it loads its share of it, from the
-    managers `sources` where they have it, and serves once an epoch was prepared and committed. exchange_address: where ranks connect;
-    None derives it from `address`. step_timeout_s: how long a rank waits for its peers within a step.
+    managers `sources` (sockets, or (socket, slab groups)) where they have it, and serves once an epoch was prepared and committed.
+    exchange_address: where ranks connect; None derives it from `address`. step_timeout_s: how long a rank waits for its peers within
+    a step.
     """
 
     worker_id: str

@@ -1,4 +1,5 @@
-"""Scheduler and books through random traffic, cancellations, lost steps, deaths and granules that come and go, in memory that is often too small.
+"""Scheduler and books through random traffic, cancellations, lost steps, deaths and granules that come and go, in memory that is often
+too small.
 
 Each trace checks at every step: no row reads anything but its own prefix, no shared granule is written, no granule is mapped
 twice, the manager's records are true at every operation, the oldest request advances, none overtakes; and at the end every
