@@ -14,7 +14,7 @@ from rich.console import Console
 from tests.cli.admin_server import ADMIN_KEY, API_KEY, AdminServer, PlayedController
 from tests.cli.harness import COMMAND, environment, flexpert
 
-from flexpert.cli import machine
+from flexpert.cli import look, machine
 from flexpert.cli.api import AdminApi
 from flexpert.cli.errors import CommandError
 from flexpert.cli.scale import TransitionView, describe_transition
@@ -204,6 +204,19 @@ def test_bar_on_a_terminal_shows_phase_bytes_and_deadline(controller: PlayedCont
 def test_transition_of_an_older_controller_is_described_all_the_same() -> None:
     assert describe_transition({"transition_id": "t-1", "state": "running"}) == "t-1: start"
     assert describe_transition({"transition_id": "t-1", "state": "aborted"}) == "t-1 aborted: no reason was given"
+
+
+def test_status_does_without_the_gateway_on_this_machine(
+    runtime: Path, server: AdminServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLEXPERT_RUNTIME_DIR", str(runtime))
+    monkeypatch.setattr(look, "ask", lambda _runtime, word: {"told by": "up", "asked": word})
+    state = runtime / "default" / "state.json"
+    state.write_text(state.read_text().replace(server.url, "http://127.0.0.1:1"))
+    assert look.read_status("default", url=None, admin_key=None) == {"told by": "up", "asked": "status"}
+    with pytest.raises(CommandError) as caught:
+        look.read_status("default", url=server.url, admin_key="wrong")
+    assert caught.value.kind == "unauthorised"
 
 
 def test_what_is_no_flexpert_is_told(server: AdminServer) -> None:
