@@ -281,7 +281,9 @@ class World:
 
     def refuse(self, order: Instruction) -> None:
         self.orders.pop((order.worker_id, type(order).__name__), None)  # type: ignore[union-attr]
-        step = {"GiveProcess": "process", "StartWorker": "start"}.get(type(order).__name__, type(order).__name__.lower())
+        step = {"GiveProcess": "process", "StartWorker": "start"}.get(
+            type(order).__name__, type(order).__name__.lower()
+        )
         name, number = getattr(order, "process", ""), getattr(order, "number", 0)
         if isinstance(order, Prepare):
             number = order.epoch.number
