@@ -1,4 +1,4 @@
-"""A cluster that grows and shrinks while it serves: the short form of the elasticity benchmark, with the built-in model, as a user runs it."""
+"""A cluster that grows and shrinks while it serves: the short form of the elasticity benchmark, run as a user runs it."""
 
 from __future__ import annotations
 
