@@ -23,11 +23,21 @@ from flexpert.workers.transport import Transport
 
 
 class _Pairs(NamedTuple):
-    """Pairs (token, k) of one home rank that one rank computes. picks: which of all pairs, ascending; tokens: of each; experts: of each."""
+    """Pairs (token, k) of one home rank by the rank that computes them: rank r has [ends[r - 1], ends[r]) of the arrays, tokens ascending.
 
+    picks: which of all pairs; tokens, experts: of each; first: whether it is its token's first pair at that rank; row_of: how many rows
+    go to ranks before and to this one up to its token's.
+    """
+
+    ends: list[int]
     picks: np.ndarray
     tokens: np.ndarray
     experts: np.ndarray
+    first: np.ndarray
+    row_of: np.ndarray
+
+    def of(self, rank: int) -> slice:
+        return slice(self.ends[rank - 1] if rank else 0, self.ends[rank])
 
 
 class ExpertExchange:
@@ -75,51 +85,55 @@ class ExpertExchange:
         if self._step is None:
             raise RuntimeError("call begin(step) before the step's first layer")
         pairs = self._split(layer, ids)
-        dispatched = [
-            self._dispatch(hidden, one) if rank != self.rank else self._nothing for rank, one in enumerate(pairs)
-        ]
-        received = self._transport.exchange(self._step, 1 + 2 * layer, dispatched)
+        received = self._transport.exchange(self._step, 1 + 2 * layer, self._dispatches(hidden, pairs))
         width, dtype = self._experts.width, self._experts.dtype
         asked = {
             rank: wire.decode(message, width, dtype)
             for rank, message in enumerate(received)
-            if rank != self.rank and message.numel()
+            if rank != self.rank and len(message)
         }
-        own, answers = self._compute(layer, hidden, pairs[self.rank], asked)
+        own, answers = self._compute(layer, hidden, pairs, asked)
         returned = self._transport.exchange(self._step, 2 + 2 * layer, answers)
         if len(own) == ids.size:
             return own
-        rows = own.new_empty(ids.size, width)
-        for rank, one in enumerate(pairs):
-            part = own if rank == self.rank else wire.decode_rows(returned[rank], len(one.picks), width, dtype)
-            if len(one.picks):
-                rows.index_copy_(0, torch.from_numpy(one.picks).to(rows.device), part)
-        return rows
-
-    def _split(self, layer: int, ids: np.ndarray) -> list[_Pairs]:
-        """By the rank that computes them."""
-        experts, top_k = ids.reshape(-1), ids.shape[1]
-        target = self._targets[layer][experts]
-        result = []
+        parts = [own]
         for rank in range(self.size):
-            picks = np.flatnonzero(target == rank)
-            result.append(_Pairs(picks, picks // top_k, experts[picks]))
-        return result
+            if rank != self.rank and (num_pairs := len(pairs.picks[pairs.of(rank)])):
+                parts.append(wire.decode_rows(returned[rank], num_pairs, width, dtype))
+        here = pairs.of(self.rank)
+        picks = np.concatenate([pairs.picks[here], pairs.picks[: here.start], pairs.picks[here.stop :]])
+        rows = own.new_empty(ids.size, width)
+        return rows.index_copy_(0, torch.from_numpy(picks).to(rows.device), torch.cat(parts))
 
-    def _dispatch(self, hidden: Tensor, pairs: _Pairs) -> Tensor:
-        if not len(pairs.picks):
-            return self._nothing
-        first = np.empty(len(pairs.tokens), dtype=bool)  # tokens ascend, so equal ones are neighbours
-        first[0] = True
-        np.not_equal(pairs.tokens[1:], pairs.tokens[:-1], out=first[1:])
-        return wire.encode(hidden, pairs.tokens[first], np.cumsum(first) - 1, pairs.experts)
+    def _split(self, layer: int, ids: np.ndarray) -> _Pairs:
+        experts = ids.reshape(-1)
+        target = self._targets[layer][experts]
+        picks = np.argsort(target, kind="stable")
+        ends = np.cumsum(np.bincount(target, minlength=self.size))
+        tokens = picks // ids.shape[1]
+        first = np.ones(len(picks) + 1, dtype=bool)  # one more: an end may be the last
+        np.not_equal(tokens[1:], tokens[:-1], out=first[1:-1])
+        first[ends] = True
+        first = first[:-1]
+        return _Pairs(ends.tolist(), picks, tokens, experts[picks], first, np.cumsum(first))
+
+    def _dispatches(self, hidden: Tensor, pairs: _Pairs) -> list[Tensor]:
+        messages = [self._nothing] * self.size
+        for rank in range(self.size):
+            part = pairs.of(rank)
+            if rank != self.rank and part.start < part.stop:
+                row_of = pairs.row_of[part]
+                tokens = pairs.tokens[part][pairs.first[part]]
+                messages[rank] = wire.encode(hidden, tokens, row_of - row_of[0], pairs.experts[part])
+        return messages
 
     def _compute(
-        self, layer: int, hidden: Tensor, own: _Pairs, asked: dict[int, wire.Asked]
+        self, layer: int, hidden: Tensor, pairs: _Pairs, asked: dict[int, wire.Asked]
     ) -> tuple[Tensor, list[Tensor]]:
         """The rows of one's own pairs, and the answer for each rank."""
         answers = [self._nothing] * self.size
-        sources, experts, rows = [own.tokens], [own.experts], [hidden]
+        here = pairs.of(self.rank)
+        sources, experts, rows = [pairs.tokens[here]], [pairs.experts[here]], [hidden]
         num_rows = len(hidden)
         for one in asked.values():
             sources.append(num_rows + one.row_of)
@@ -138,7 +152,7 @@ class ExpertExchange:
         slabs = self._experts.layers[layer]
         if not len(experts):
             return self._no_rows
-        place = np.full_like(experts, -1) if slabs is None else slabs.row_of[experts]
+        place = np.full(len(experts), -1) if slabs is None else slabs.row_of[experts]
         if slabs is None or place.min() < 0:
             raise ValueError(
                 f"rank {self.rank} was asked for expert {int(experts[place < 0][0])} of layer {layer}, which it does not hold; "

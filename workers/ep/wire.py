@@ -44,34 +44,33 @@ def capacity_bytes(
 def encode(hidden: Tensor, rows: np.ndarray, row_of: np.ndarray, experts: np.ndarray) -> Tensor:
     """The dispatch message for rows hidden[rows], on hidden's device; row_of counts within `rows`."""
     pairs = len(experts)
-    head = np.zeros(_head_bytes(pairs) // _INT_BYTES, dtype=np.int32)
-    head[:_COUNTS] = len(rows), pairs
+    head_bytes = _head_bytes(pairs)
+    on_host = hidden.device.type == "cpu"
+    row_bytes = hidden.shape[1] * hidden.dtype.itemsize
+    message = np.empty(head_bytes + (len(rows) * row_bytes if on_host else 0), dtype=np.uint8)
+    head = message[:head_bytes].view(np.int32)
+    head[0], head[1] = len(rows), pairs
     head[_COUNTS : _COUNTS + pairs] = row_of
     head[_COUNTS + pairs : _COUNTS + 2 * pairs] = experts
-    if hidden.device.type != "cpu":
-        chosen = hidden.index_select(0, torch.from_numpy(rows).to(hidden.device))
-        return torch.cat([torch.from_numpy(head.view(np.uint8)).to(hidden.device), chosen.view(torch.uint8).flatten()])
-    bytes_of = hidden.view(torch.uint8).numpy()
-    message = np.empty(head.nbytes + len(rows) * bytes_of.shape[1], dtype=np.uint8)
-    message[: head.nbytes] = head.view(np.uint8)
-    bytes_of.take(
-        rows, axis=0, out=message[head.nbytes :].reshape(len(rows), -1), mode="clip"
-    )  # mode: no copy in between
-    return torch.from_numpy(message)
+    head[_COUNTS + 2 * pairs :] = 0
+    if on_host:
+        chosen = message[head_bytes:].reshape(len(rows), row_bytes)
+        hidden.view(torch.uint8).numpy().take(rows, axis=0, out=chosen, mode="clip")  # mode: no copy in between
+        return torch.from_numpy(message)
+    sent = hidden.index_select(0, torch.from_numpy(rows).to(hidden.device))
+    return torch.cat([torch.from_numpy(message).to(hidden.device), sent.view(torch.uint8).flatten()])
 
 
 def decode(message: Tensor, width: int, dtype: torch.dtype) -> Asked:
     """Raises ValueError for bytes that are no such message. On a GPU the head is copied to the host, which waits for it."""
-    message = _aligned(message)
-    counts = message[: _COUNTS * _INT_BYTES].cpu().numpy().view(np.int32)
-    num_rows, pairs = (int(count) for count in counts)
+    message, nbytes = _aligned(message), message.numel()
+    num_rows, pairs = message[: _COUNTS * _INT_BYTES].cpu().numpy().view(np.int32).tolist()
     head_bytes = _head_bytes(pairs)
-    if min(num_rows, pairs) < 0 or message.numel() != head_bytes + num_rows * width * dtype.itemsize:
-        raise ValueError(
-            f"a dispatch of {message.numel()} bytes says it has {num_rows} rows of {width} and {pairs} pairs"
-        )
-    lists = message[:head_bytes].cpu().numpy().view(np.int32)[_COUNTS : _COUNTS + 2 * pairs]
-    return Asked(message[head_bytes:].view(dtype).view(num_rows, width), lists[:pairs], lists[pairs:])
+    if min(num_rows, pairs) < 0 or nbytes != head_bytes + num_rows * width * dtype.itemsize:
+        raise ValueError(f"a dispatch of {nbytes} bytes says it has {num_rows} rows of {width} and {pairs} pairs")
+    head, rows = message.split([head_bytes, nbytes - head_bytes])
+    lists = head.cpu().numpy().view(np.int32)[_COUNTS : _COUNTS + 2 * pairs]
+    return Asked(rows.view(dtype).view(num_rows, width), lists[:pairs], lists[pairs:])
 
 
 def encode_rows(rows: Tensor) -> Tensor:
