@@ -1,4 +1,4 @@
-"""Carries out supervision's instructions with Ray actors and tells what came of it.
+"""Carries out supervision's instructions with Ray actors and tells what came of it; `members` does so for the transitions.
 
 One method per instruction. Each returns at once and leaves a task behind; what happens later arrives as events at `send`, together with
 words for people at `tell`. An actor that was told to end is forgotten first, so its death is no event. An order that fails ends its
@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from flexpert.controller import ray_cluster
+from flexpert.controller import transition_types as t
+from flexpert.controller.devices import DeviceFailed, Devices
 from flexpert.controller.gateway_actor import GatewayActor
+from flexpert.controller.members import Members
 from flexpert.controller.node_agent import NodeAgent
 from flexpert.controller.processes import ProcessId
 from flexpert.controller.ray_cluster import ActorGone
@@ -25,17 +28,14 @@ from flexpert.controller.supervision_types import (
     GATEWAY,
     AgentReady,
     Answered,
-    AssignWorker,
     Died,
     Event,
     Failed,
     GatewayDrained,
     GatewayReady,
-    ManagerLost,
+    ProcessFound,
     ProcessWarm,
-    WorkerAddress,
-    WorkerFound,
-    WorkerReady,
+    SpawnProcess,
 )
 from flexpert.workers.actor import WorkerActor
 from flexpert.workers.threads import worker_environment
@@ -45,59 +45,108 @@ log = logging.getLogger(__name__)
 FIND_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 10.0
 DRAIN_GRACE_S = 5.0  # beyond the time in which the gateway itself ends what is left
-PROGRESS_PERIOD_S = 0.2
+AGAIN_S = 0.5
 
 Tell = Callable[..., None]
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeKnown:
+    """A warm process told what the model is made of: see workers.shape."""
+
+    shape: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeFailed:
+    kind: str
+    reason: str
 
 
 class Components:
     """send: where events go. tell(kind, text, **details): where words go."""
 
-    def __init__(self, spec: ClusterSpec, *, send: Callable[[Event], None], tell: Tell) -> None:
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        *,
+        send: Callable[[Event | t.Event | ShapeKnown | ShapeFailed], None],
+        tell: Tell,
+        shape: Mapping[str, int],
+        managers: Mapping[str, int],
+    ) -> None:
         self.spec = spec
         self.port = spec.port
-        self.progress: dict[str, tuple[int, int]] = {}
-        self.manager: dict[str, Any] = {}
         self._send, self._tell = send, tell
+        self._shape_known = bool(shape)
         self._actors: dict[str, Any] = {}  # component (agent, gateway, process name) -> actor
         self._pids: dict[str, ProcessId] = {}  # of worker processes: one that is stopped ends by its pid at once
         self._orders: dict[str, Coroutine[Any, Any, None]] = {}  # component -> the order that is being carried out
         self._tasks: set[asyncio.Task[None]] = set()
         self._telling_workers = asyncio.Lock()
+        self._needed_devices: set[str] = set()
+        self.devices = Devices(
+            managers, call=ray_cluster.call, spawn=self._background, tell=tell,
+            lost=lambda device, reason: send(t.ManagerDied(worker_of(device), reason)),
+            unwatchable=lambda agent, reason: self._lost(AGENT, agent, reason),
+        )  # fmt: skip
+        self.members = Members(
+            spec, actor=self._actors.get, socket=self.devices.socket, spawn=self._background, send=send, tell=tell
+        )
+
+    @property
+    def progress(self) -> dict[str, tuple[int, int]]:
+        """Worker -> bytes loaded, bytes in all, while it loads."""
+        return self.members.progress
 
     # Instructions
 
-    def start_agent(self) -> None:
-        self._order(AGENT, self._start_agent())
+    def start_agent(self, agent: str) -> None:
+        self._order(agent, self._start_agent(agent))
 
-    async def _start_agent(self) -> None:
-        began_s = time.monotonic()
-        if AGENT not in self._actors:
+    async def _start_agent(self, agent: str) -> None:
+        if agent not in self._actors:
             arguments = {
                 "runtime_path": str(self.spec.runtime_path),
                 "budget_bytes": self.spec.memory_bytes,
                 "exact": self.spec.memory_exact,
-                **self._log(AGENT),
+                **self._log(agent),
             }
             actor = ray_cluster.create_actor(
-                NodeAgent, self._name(AGENT), arguments, num_cpus=1, num_gpus=self.spec.num_gpus
+                NodeAgent, self._name(agent), arguments, num_cpus=1, num_gpus=self.spec.num_gpus
             )
-            self._keep(AGENT, actor)
-        actor = self._actors[AGENT]
-        answer = await ray_cluster.call(actor, "ensure", device_of(self.spec.worker_ids[0]))
-        if self._refused(AGENT, answer):
+            self._keep(agent, actor)
+        actor = self._actors[agent]
+        try:
+            await asyncio.gather(*(self.devices.ensure(device, actor) for device in sorted(self._needed_devices)))
+        except DeviceFailed as error:
+            self._refused(agent, {"failure": error.failure.to_json()})
             return
-        self._manager_found(answer, actor)
-        verb = "adopted, its memory is as it was" if answer["adopted"] else "started"
-        self._tell("manager", f"HBM manager {verb} (pid {answer['pid']})", seconds=time.monotonic() - began_s, **answer)
-        self._send(AgentReady())
+        self._send(AgentReady(agent))
 
-    def spawn_process(self, name: str, *, urgent: bool) -> None:
-        self._order(name, self._spawn_process(name, urgent))
+    def need_devices(self, devices: set[str]) -> None:
+        """These have a manager from now on; others do not."""
+        self._needed_devices = set(devices)
+        if AGENT in self._actors and AGENT not in self._orders:
+            self._background(self._adjust_devices(self._actors[AGENT]))
+
+    async def _adjust_devices(self, agent: Any) -> None:
+        for device in sorted({*self.devices.running(), *self._needed_devices}):
+            try:
+                if device in self._needed_devices:
+                    await self.devices.ensure(device, agent)
+                else:
+                    await self.devices.stop(device)
+            except DeviceFailed as error:
+                log.warning("%s: %s", device, error)  # told when a worker wants it
+
+    def spawn_process(self, order: SpawnProcess) -> None:
+        self._order(order.process, self._spawn_process(order.process, order.urgent))
 
     async def _spawn_process(self, name: str, urgent: bool) -> None:
         environment = worker_environment(threads=self.spec.threads)
-        actor = ray_cluster.create_actor(WorkerActor, self._name(name), {"environment": environment, **self._log(name)})
+        arguments = {"environment": environment, "process": self.spec.worker_process, **self._log(name)}
+        actor = ray_cluster.create_actor(WorkerActor, self._name(name), arguments)
         self._keep(name, actor)
         answer = await ray_cluster.call(actor, "warm", str(self.spec.model_dir), self.spec.device, urgent)
         if not self._refused(name, answer):
@@ -105,51 +154,36 @@ class Components:
             self._tell("warm", f"{name} is warm (pid {answer['pid']})", seconds=answer["warm_s"], process=name)
             self._send(ProcessWarm(name))
 
-    def assign_worker(self, order: AssignWorker) -> None:
-        self._order(order.process, self._assign_worker(order))
+    def give_process(self, worker_id: str, process: str) -> None:
+        """See that the worker's device has a manager; ProcessReady tells, or Failed."""
+        self._background(self._give_process(worker_id, process))
 
-    async def _assign_worker(self, order: AssignWorker) -> None:
-        actor = self._actors[order.process]
-        watching = asyncio.create_task(self._follow_progress(order.worker_id, actor))
+    async def _give_process(self, worker_id: str, process: str) -> None:
         try:
-            answer = await ray_cluster.call(actor, "start", self._worker_config(order))
-        finally:
-            watching.cancel()
-            self.progress.pop(order.worker_id, None)
-        if self._refused(order.process, answer):
-            return
-        how = "weights loaded" if answer["weights_loaded"] else "weights mapped, nothing loaded"
-        self._tell(
-            "worker", f"{order.worker_id} serves as incarnation {order.incarnation} (pid {answer['pid']}): {how}",
-            seconds=answer["seconds"], worker_id=order.worker_id, incarnation=order.incarnation, process=order.process,
-            pid=answer["pid"], weights_loaded=answer["weights_loaded"], start_s=answer["start_s"],
-        )  # fmt: skip
-        self._send(WorkerReady(order.process, answer["address"]))
+            if not self._shape_known:
+                await self._ask_shape(process)
+            await self.devices.ensure(device_of(worker_id), self._actors[AGENT])
+        except DeviceFailed as error:
+            failure = error.failure
+            text = f"{worker_id} gets no process: {failure.message}"
+            self._tell("failed", text, component=worker_id, failure_kind=failure.kind)
+            self.members.failure_kinds[worker_id] = failure.kind
+            await asyncio.sleep(AGAIN_S)
+            self._send(t.Failed(worker_id, "", "process", failure.message, permanent=failure.permanent))
+        except (ActorGone, KeyError) as error:  # the agent ended: there will be another
+            await asyncio.sleep(AGAIN_S)
+            self._send(t.Failed(worker_id, "", "process", f"an actor ended: {error}"))
+        else:
+            self._send(t.ProcessReady(worker_id, process))
 
-    def _worker_config(self, order: AssignWorker) -> dict[str, Any]:
-        spec = self.spec
-        socket = spec.runtime.worker_socket(order.worker_id, order.incarnation)
-        return {
-            "worker_id": order.worker_id,
-            "incarnation": order.incarnation,
-            "model_dir": spec.model_dir,
-            "model_id": spec.model_id,
-            "cluster_token": spec.cluster_token,
-            "address": f"unix:{socket}",
-            "device": spec.device,
-            "dtype": spec.dtype,
-            "manager_socket": self.manager["socket"],
-            "max_running": spec.max_running,
-            "max_batch_tokens": spec.max_batch_tokens,
-            "max_context_tokens": spec.max_context_tokens,
-            "kv_bytes": spec.kv_bytes,
-            "threads": spec.threads,
-        }
-
-    async def _follow_progress(self, worker_id: str, actor: Any) -> None:
-        while True:
-            self.progress[worker_id] = tuple(await ray_cluster.call(actor, "progress"))
-            await asyncio.sleep(PROGRESS_PERIOD_S)
+    async def _ask_shape(self, process: str) -> None:
+        dtype = self.spec.dtype or ("float32" if self.spec.device == "cpu" else "bfloat16")
+        answer = await ray_cluster.call(self._actors[process], "model_shape", str(self.spec.model_dir), dtype)
+        if (failure := answer.get("failure")) is not None:
+            self._send(ShapeFailed(failure["kind"], failure["message"]))
+        elif not self._shape_known:
+            self._shape_known = True
+            self._send(ShapeKnown(answer))
 
     def start_gateway(self, generation: int) -> None:
         self._order(GATEWAY, self._start_gateway(generation))
@@ -178,17 +212,21 @@ class Components:
         self._tell("gateway", f"gateway listens on port {self.port} (pid {answer['pid']})", **answer)
         self._send(GatewayReady(generation))
 
-    def set_workers(self, workers: tuple[WorkerAddress, ...]) -> None:
-        self._background(self._set_workers(workers))
+    def set_workers(self, publish: t.Publish) -> None:
+        self._background(self._set_workers(publish))
 
-    async def _set_workers(self, workers: tuple[WorkerAddress, ...]) -> None:
+    async def _set_workers(self, publish: t.Publish) -> None:
         async with self._telling_workers:
             if GATEWAY in self._actors:
-                told = [(worker.worker_id, worker.address) for worker in workers]
+                told = [
+                    (worker.worker_id, worker.address, worker.worker_id in publish.draining)
+                    for worker in publish.serving
+                ]
                 await ray_cluster.call(self._actors[GATEWAY], "set_workers", told)
 
     def kill(self, component: str) -> None:
         """End a component's process at once; its death is no event any more."""
+        self.members.unfollow(component)
         actor, process = self._actors.pop(component, None), self._pids.pop(component, None)
         self._orders.pop(component, None)
         if process is not None:
@@ -204,7 +242,7 @@ class Components:
         if name not in self._actors:
             return
         try:
-            await ray_cluster.call(self._actors[name], "status")
+            await ray_cluster.call(self._actors[name], "pid")
         except ActorGone:
             return  # told by _watch
         except Exception as error:
@@ -227,7 +265,7 @@ class Components:
             self._send(GatewayDrained())  # whatever went wrong: a stop that was asked for comes
 
     async def stop_all(self) -> None:
-        """Gateway and workers first, then the manager, then the agent."""
+        """Gateway and workers first, then the managers, then the agent."""
         agent = self._actors.pop(AGENT, None)
         workers = {name: self._actors.pop(name) for name in list(self._actors) if name != GATEWAY}
         self.kill(GATEWAY)
@@ -247,41 +285,60 @@ class Components:
 
     # What is there
 
-    async def find(self, live: list[str], generation: int) -> list[Event]:
-        """Take over the actors that an earlier controller left, as events for before Begin; those that serve nothing are ended."""
+    async def find(self, processes: Mapping[str, tuple[str, str]], generation: int) -> list[Event]:
+        """Take over the actors that an earlier controller left, as events for before Begin. processes: name -> (worker or "", agent); one
+        that was to be a worker and is none yet is ended, since nobody knows how far it came."""
         found: list[Event] = []
-        names = {AGENT: AGENT, f"{GATEWAY}-{generation}": GATEWAY, **{name: name for name in live}}
-        for name, component in names.items():
-            actor = ray_cluster.find_actor(self._name(name))
-            if actor is None:
-                continue
-            event = await self._take_over(component, actor, generation)
-            if event is None:
-                ray_cluster.kill_actor(actor)
-            else:
-                self._keep(component, actor)
+        names = {AGENT: AGENT, f"{GATEWAY}-{generation}": GATEWAY, **{name: name for name in processes}}
+        events = await asyncio.gather(
+            *(self._take_over(name, component, generation, processes) for name, component in names.items())
+        )
+        for event in events:
+            if event is not None:
                 found.append(event)
         return found
 
-    async def _take_over(self, component: str, actor: Any, generation: int) -> Event | None:
+    async def _take_over(
+        self, name: str, component: str, generation: int, processes: Mapping[str, tuple[str, str]]
+    ) -> Event | None:
+        actor = ray_cluster.find_actor(self._name(name))
+        if actor is None:
+            return None
+        event: Event | None = None
         try:
-            status = await asyncio.wait_for(ray_cluster.call(actor, "status"), FIND_TIMEOUT_S)
+            event = await asyncio.wait_for(self._identify(component, actor, generation, processes), FIND_TIMEOUT_S)
         except Exception as error:
             log.warning("%s was found and does not answer: %r", component, error)
-            return None
+        if event is None:
+            if component in self._pids:
+                self._pids.pop(component).signal(signal.SIGKILL)
+            ray_cluster.kill_actor(actor)
+        else:
+            self._keep(component, actor)
+        return event
+
+    async def _identify(
+        self, component: str, actor: Any, generation: int, processes: Mapping[str, tuple[str, str]]
+    ) -> Event | None:
+        if component in processes:
+            worker_id, agent = processes[component]
+            self._note_pid(component, await ray_cluster.call(actor, "pid"))
+            status = await ray_cluster.call(actor, "status")
+            if status and status["worker_id"] == worker_id:
+                return ProcessFound(component, worker_id, agent)
+            warm = not status and not worker_id and await ray_cluster.call(actor, "is_warm")
+            return ProcessFound(component, "", agent) if warm else None
+        status = await ray_cluster.call(actor, "status")
         if not status:
             return None
-        if component == AGENT:
-            device = status["devices"].get(device_of(self.spec.worker_ids[0]))
-            if device is None:
-                return None
-            self._manager_found(device, actor)
-            return AgentReady()
         if component == GATEWAY:
             self.port = status["port"]
             return GatewayReady(generation)
-        self._note_pid(component, status["pid"])
-        return WorkerFound(component, status["worker_id"], status["incarnation"], status["address"])
+        for info in status["devices"].values():
+            self.devices.found(info, actor)
+        for device in self._needed_devices:
+            await self.devices.ensure(device, actor)
+        return AgentReady(component)
 
     async def status(self, component: str) -> dict[str, Any]:
         """What a component tells of itself; {} where it cannot, so that one in trouble never hides the others."""
@@ -293,6 +350,20 @@ class Components:
         except Exception as error:
             log.warning("%s does not tell its status: %r", component, error)
             return {}
+
+    async def device_status(self) -> dict[str, dict[str, Any]]:
+        """Device -> what its manager tells."""
+        status = await self.status(AGENT)
+        return dict(sorted(status.get("devices", {}).items()))
+
+    def measure_load(self, processes: list[str]) -> None:
+        """LoadMeasured follows, where there was any."""
+        self._background(self._measure_load(processes))
+
+    async def _measure_load(self, processes: list[str]) -> None:
+        load = await self.members.expert_load(processes)
+        if load is not None:
+            self._send(t.LoadMeasured(load))
 
     # Plumbing
 
@@ -324,20 +395,6 @@ class Components:
         process = ProcessId.of(pid, component)
         if process is not None:
             self._pids[component] = process
-
-    def _manager_found(self, answer: dict[str, Any], agent: Any) -> None:
-        self.manager = answer
-        self._background(self._watch_manager(agent))
-
-    async def _watch_manager(self, agent: Any) -> None:
-        try:
-            reason = await ray_cluster.call(agent, "wait_manager_closed", self.manager["device"], self.manager["pid"])
-        except Exception as error:
-            self._lost(AGENT, agent, f"the HBM manager cannot be watched: {error}")
-            return
-        if self._actors.get(AGENT) is agent:
-            self._tell("died", reason, component="manager")
-            self._send(ManagerLost(reason))
 
     def _refused(self, component: str, answer: dict[str, Any]) -> bool:
         """Whether the component answered that it cannot start; then it is ended and reported."""
@@ -391,3 +448,8 @@ class Components:
             log.info("%r ended: %s", work, error)
         except Exception:
             log.exception("%r failed", work)
+
+
+def worker_of(device: str) -> str:
+    """The worker that runs on a device."""
+    return f"worker-{device.rpartition('-')[2]}"

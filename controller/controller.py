@@ -1,7 +1,8 @@
-"""The controller actor: runs the supervision machine, keeps its journal, and answers `flexpert up`.
+"""The controller actor: runs supervision and transitions, keeps their journal, answers `flexpert up` and the operator.
 
-It decides nothing itself: events are taken from a queue one by one, `supervision` turns them into instructions, `components` carries
-those out. It is restarted by Ray when it dies; gateway and workers go on meanwhile, and the new one finds them by their names.
+It decides nothing itself: events are taken from a queue one by one, the `conductor` turns them into actions, the journal is written, then
+`components` and `members` carry the actions out. It is restarted by Ray when it dies; gateway and workers go on meanwhile, and the new one
+finds them by their names and goes on with the transition that ran.
 """
 
 from __future__ import annotations
@@ -14,39 +15,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flexpert.controller.components import Components
+from flexpert.controller import supervision_types as s
+from flexpert.controller import transition_types as t
+from flexpert.controller.components import Components, ShapeFailed, ShapeKnown
+from flexpert.controller.conductor import Action
+from flexpert.controller.desk import Desk
+from flexpert.controller.errors import AdminError
 from flexpert.controller.journal import Journal
-from flexpert.controller.spec import ClusterSpec
-from flexpert.controller.supervision import Supervision, SupervisionConfig
-from flexpert.controller.supervision_types import (
-    AGENT,
-    GATEWAY,
-    AskProcess,
-    AssignWorker,
-    Begin,
-    Died,
-    DrainGateway,
-    Event,
-    GatewayReady,
-    GiveUp,
-    Instruction,
-    KillProcess,
-    Pause,
-    PauseOver,
-    SetWorkers,
-    SpawnProcess,
-    StartAgent,
-    StartGateway,
-    StopAll,
-    StopRequested,
-    Tick,
-    WorkerReady,
-)
+from flexpert.controller.runs import first_state, make_conductor, run_of, transition_config
+from flexpert.controller.spec import ClusterSpec, device_of
+from flexpert.controller.transition import Transitions
 from flexpert.workers.process_log import open_process_log
 
 log = logging.getLogger(__name__)
 
-TICK_S = 2.0
+TICK_S = 0.5
+LOAD_PERIOD_TICKS = 10
+QUIET = (s.Tick, s.Answered, t.Moved, t.LoadMeasured)  # events that change nothing worth a write
 
 
 class Controller:
@@ -56,22 +41,19 @@ class Controller:
         open_process_log(Path(log_path), spec.log_level)
         self._spec = spec
         self._journal = Journal(spec.runtime)
-        facts = self._journal.facts
-        self._machine = Supervision(
-            SupervisionConfig(standbys=spec.standbys),
-            incarnations=facts.incarnations,
-            first_process=facts.next_process,
-            first_generation=facts.generation,
-        )
+        self._conductor = make_conductor(spec, self._journal.facts)
+        self._journal.facts.run = run_of(spec)
+        self._desk = Desk()
         self._running: asyncio.Task[None] | None = None
         self._begun = asyncio.Event()
-        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._queue: asyncio.Queue[s.Event | t.Event | ShapeKnown | ShapeFailed] = asyncio.Queue()
         self._changed = asyncio.Event()
         self._components: Components
+        self._published = t.Publish((), ())
         self._given_up: dict[str, str] | None = None
         self._stopped = False
         self._began_s = time.time()
-        self._died_at_s: dict[str, float] = {}
+        self._ticks = 0
 
     # What `flexpert up` calls
 
@@ -85,130 +67,295 @@ class Controller:
             "events": [event for event in self._journal.events if event["sequence"] > after],
             "last": self._journal.last,
             "progress": dict(self._components.progress),
-            "ready": self._machine.ready,
+            "ready": self._conductor.ready,
             "port": self._components.port,
             "given_up": self._given_up,
             "stopped": self._stopped,
         }
 
-    async def status(self) -> dict[str, Any]:
-        """Everything `flexpert status` shows."""
-        await self._ensure_running()
-        processes = self._machine.processes()
-        agent, gateway, *workers = await asyncio.gather(
-            *(
-                self._components.status(name)
-                for name in (AGENT, GATEWAY, *(name for name, (_, w) in processes.items() if w))
-            )
-        )
-        return {
-            "name": self._spec.name,
-            "phase": self._machine.phase,
-            "ready": self._machine.ready,
-            "epoch": 0,
-            "model": self._spec.model_id,
-            "uptime_s": round(time.time() - self._began_s, 1),
-            "controller": {"pid": os.getpid()},
-            "manager": next(iter(agent.get("devices", {}).values()), agent),
-            "gateway": gateway,
-            "workers": workers,
-            "processes": {name: {"phase": phase, "worker_id": worker} for name, (phase, worker) in processes.items()},
-        }
-
     async def stop(self) -> None:
         """Begin to end the cluster: drained first, then all processes. `watch` tells when it is done. May be asked again and again."""
         await self._ensure_running()
-        if self._machine.phase == "running":
-            self._queue.put_nowait(StopRequested())
+        if self._conductor.supervision.phase == "running":
+            self._queue.put_nowait(s.StopRequested())
+
+    # What the operator asks, through `up` or the gateway
+
+    async def status(self) -> dict[str, Any]:
+        """Everything `flexpert status` shows."""
+        await self._ensure_running()
+        supervision, transitions = self._conductor.supervision, self._conductor.transitions
+        processes = supervision.processes()
+        serving = {name: worker for name, (phase, worker) in processes.items() if phase == "serving"}
+        devices, gateway, *workers = await asyncio.gather(
+            self._components.device_status(), *(self._components.status(name) for name in (s.GATEWAY, *serving))
+        )
+        epoch = None if transitions is None else transitions.current
+        return {
+            "name": self._spec.name,
+            "phase": supervision.phase,
+            "ready": self._conductor.ready,
+            "epoch": 0 if epoch is None else epoch.number,
+            "model": self._spec.model_id,
+            "uptime_s": round(time.time() - self._began_s, 1),
+            "controller": {"pid": os.getpid()},
+            "manager": next(iter(devices.values()), {}),
+            "gateway": gateway,
+            "workers": self._desk.workers(
+                dict(zip(serving, workers, strict=True)), serving, transitions, self._published
+            ),
+            "devices": self._desk.devices(self._spec, devices, serving.values()),
+            "max_workers": self._spec.max_workers,
+            "standbys": sum(phase == "warm" for phase, _ in processes.values()),
+            "transition": self._progress(None),
+            "timings": self._conductor.timings.to_json(),
+            "processes": {name: {"phase": phase, "worker_id": worker} for name, (phase, worker) in processes.items()},
+        }
+
+    async def scale(self, workers: int, request_id: str) -> dict[str, Any]:
+        """Begin the transition to so many workers; returns its progress. Raises AdminError. The same request_id begins nothing new."""
+        return await self._request(t.Request("scale", request_id, workers=workers))
+
+    async def drain(self, worker_id: str, request_id: str) -> dict[str, Any]:
+        """Begin the transition in which this worker leaves; as scale."""
+        return await self._request(t.Request("drain", request_id, worker_id=worker_id))
+
+    async def transition(self, transition_id: str | None = None) -> dict[str, Any] | None:
+        """Progress of that transition; without an id of the one that runs, or else the last one, None where there was none yet.
+        Raises AdminError for an id that is not known."""
+        await self._ensure_running()
+        found = self._progress(transition_id)
+        if found is None and transition_id is not None:
+            raise AdminError("not_found", f"there is no transition {transition_id!r}, or it is too long ago")
+        return found
+
+    async def events(self, after: int = 0) -> dict[str, Any]:
+        """What happened after event number `after`, oldest first, and the number of the newest."""
+        await self._ensure_running()
+        found = [event for event in self._journal.events if event["sequence"] > after]
+        return {"events": found, "last": self._journal.last}
+
+    async def timings(self) -> dict[str, Any]:
+        """Numbers for metrics: see controller.timings."""
+        return self._conductor.timings.to_json()
+
+    async def _request(self, request: t.Request) -> dict[str, Any]:
+        await self._ensure_running()
+        if self._conductor.transitions is None or self._conductor.supervision.phase != "running":
+            phase = self._conductor.supervision.phase
+            what = (
+                "is being ended" if phase in ("draining", "ended") else "has not started yet; ask again once it serves"
+            )
+            raise AdminError("conflict", f"the cluster {what}")
+        answer = await self._desk.answer_to(request.request_id, lambda: self._queue.put_nowait(request))
+        if answer.code:
+            raise AdminError(answer.code, answer.message)
+        found = self._progress(answer.transition_id)
+        if found is None:
+            raise AdminError("not_found", f"transition {answer.transition_id} of this request is too long ago")
+        return found
+
+    def _progress(self, transition_id: str | None) -> dict[str, Any] | None:
+        transitions = self._conductor.transitions
+        found = None if transitions is None else transitions.progress(transition_id)
+        return None if found is None else self._desk.progress(found, self._conductor.timings, now_s=time.monotonic())
 
     # Inside
 
     async def _ensure_running(self) -> None:
         """Start at the first call; no call is answered before it is known what an earlier controller left running."""
         if self._running is None:
-            self._components = Components(self._spec, send=self._queue.put_nowait, tell=self._tell)
+            facts = self._journal.facts
+            self._components = Components(
+                self._spec,
+                send=self._queue.put_nowait,
+                tell=self._tell_of_components,
+                shape=facts.model,
+                managers=facts.managers,
+            )
             self._running = asyncio.create_task(self._run())
         await self._begun.wait()
 
     async def _run(self) -> None:
         try:
             facts = self._journal.facts
-            for event in await self._components.find(facts.live, facts.generation):
+            self._need_devices()
+            found = await self._components.find(dict(facts.processes), facts.generation)
+            for event in found:
                 self._take(event)
-            self._take(Begin())
+            self._take(s.Begin())
+            if self._conductor.transitions is not None:
+                workers = {event.worker_id: event.process for event in found if isinstance(event, s.ProcessFound)}
+                workers.pop("", None)
+                self._take(t.Resumed(tuple(workers.items())))
+                for worker_id, process in workers.items():
+                    self._components.members.follow(worker_id, process)
             self._begun.set()
             self._ticking = asyncio.create_task(self._tick())
             while True:
                 self._take(await self._queue.get())
         except Exception as error:
             log.exception("the controller failed")
-            self._given_up = {
-                "component": "controller",
-                "kind": "internal",
-                "reason": f"{type(error).__name__}: {error}",
-            }
+            self._give_up("controller", "internal", f"{type(error).__name__}: {error}")
             self._begun.set()
-            self._changed.set()
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self._queue.put_nowait(Tick())
+            self._queue.put_nowait(s.Tick())
+            self._ticks += 1
+            if self._ticks % LOAD_PERIOD_TICKS == 0:
+                processes = self._conductor.supervision.processes()
+                self._components.measure_load([name for name, (phase, _) in processes.items() if phase == "serving"])
 
-    def _take(self, event: Event) -> None:
+    def _take(self, event: s.Event | t.Event | ShapeKnown | ShapeFailed) -> None:
         now_s = time.monotonic()
         log.debug("event %s", event)
-        orders = self._machine.handle(event, now_s=now_s)
-        self._note_recovery(event, orders, now_s)
-        self._write_down(orders)
-        for order in orders:
-            log.debug("order %s", order)
-            self._carry_out(order)
-        self._changed.set()
+        if isinstance(event, ShapeKnown):
+            actions = self._begin_transitions(event, now_s)
+        elif isinstance(event, ShapeFailed):
+            self._give_up("model", event.kind, event.reason)
+            actions = []
+        else:
+            actions = self._conductor.handle(event, now_s=now_s)
+        if actions or not isinstance(event, QUIET):
+            self._write_down(actions)
+        for action in actions:
+            log.debug("action %s", action)
+            self._carry_out(action)
+        if isinstance(event, s.GatewayReady) and self._published.serving:
+            self._components.set_workers(self._published)
+        if actions or not isinstance(event, QUIET):
+            self._changed.set()
 
-    def _write_down(self, orders: list[Instruction]) -> None:
-        """Facts that must survive this process, before anything is done that depends on them."""
+    def _begin_transitions(self, event: ShapeKnown, now_s: float) -> list[Action]:
+        if self._conductor.transitions is not None:
+            return []
         facts = self._journal.facts
-        for order in orders:
-            match order:
-                case AssignWorker(_, worker_id, incarnation):
-                    facts.incarnations[worker_id] = incarnation
-                case SpawnProcess(process):
+        facts.model = event.shape
+        transitions = Transitions(transition_config(self._spec, event.shape), first_state(facts))
+        request = t.Request("boot", f"boot-{facts.run}", workers=self._spec.workers)
+        return self._conductor.begin(transitions, request, now_s=now_s)
+
+    def _write_down(self, actions: list[Action]) -> None:
+        """Facts that must survive this process, before anything is done that depends on them."""
+        facts, supervision = self._journal.facts, self._conductor.supervision
+        for action in actions:
+            match action:
+                case s.SpawnProcess(process):
                     facts.next_process = int(process.rpartition("-")[2]) + 1
-                case StartGateway(generation):
+                case s.StartGateway(generation):
                     facts.generation = generation
-        facts.live = list(self._machine.processes())
+        facts.processes = {
+            name: (worker, supervision.agent_of(name)) for name, (_, worker) in supervision.processes().items()
+        }
+        facts.managers = self._components.devices.pids()
+        if self._conductor.transitions is not None:
+            facts.transitions = self._conductor.transitions.snapshot()
         self._journal.save()
 
-    def _carry_out(self, order: Instruction) -> None:
-        match order:
-            case StartAgent():
-                self._components.start_agent()
-            case SpawnProcess(process, urgent):
-                self._components.spawn_process(process, urgent=urgent)
-            case AssignWorker():
-                self._components.assign_worker(order)
-            case KillProcess(process, reason):
-                if reason:
-                    self._tell("died", f"{process}: {reason}", component=process)
-                self._components.kill(process)
-            case AskProcess(process):
-                self._components.ask_process(process)
-            case StartGateway(generation):
-                self._components.start_gateway(generation)
-            case SetWorkers(workers):
-                self._components.set_workers(workers)
-            case Pause(component, delay_s):
+    def _carry_out(self, action: Action) -> None:
+        if isinstance(action, s.Instruction):
+            self._carry_out_supervision(action)
+        else:
+            self._carry_out_transitions(action)
+
+    def _carry_out_supervision(self, action: s.Instruction) -> None:
+        components = self._components
+        match action:
+            case s.StartAgent(agent):
+                components.start_agent(agent)
+            case s.SpawnProcess():
+                components.spawn_process(action)
+            case s.GiveProcess(worker_id, process):
+                self._need_devices()
+                components.give_process(worker_id, process)
+            case s.KillProcess(process):
+                components.kill(process)
+            case s.AskProcess(process):
+                components.ask_process(process)
+            case s.StartGateway(generation):
+                components.start_gateway(generation)
+            case s.Pause(component, delay_s):
                 self._tell("pause", f"{component}: next try in {delay_s:g} s", component=component)
-                asyncio.get_running_loop().call_later(delay_s, self._queue.put_nowait, PauseOver(component))
-            case DrainGateway():
+                self._later(delay_s, s.PauseOver(component))
+            case s.DrainGateway():
                 self._tell("drain", "draining: new requests are refused, running ones finish")
-                self._components.drain_gateway()
-            case StopAll():
+                components.drain_gateway()
+            case s.StopAll():
                 self._stopping = asyncio.create_task(self._stop_all())
-            case GiveUp(component, kind, reason):
-                self._tell("gave_up", f"giving up on {component}: {reason}", component=component, failure_kind=kind)
-                self._given_up = {"component": component, "kind": kind, "reason": reason}
+            case s.GiveUp(component, kind, reason):
+                self._give_up(component, kind, reason)
+
+    def _carry_out_transitions(self, action: t.Instruction) -> None:
+        members = self._components.members
+        match action:
+            case t.StartWorker():
+                members.start_worker(action)
+            case t.Prepare():
+                members.prepare(action)
+            case t.Commit():
+                members.commit(action)
+            case t.Retire():
+                members.retire(action)
+            case t.Abort():
+                members.abort(action)
+            case t.Release():
+                members.release(action)
+            case t.Publish():
+                self._published = action
+                self._components.set_workers(action)
+            case t.Deadline(deadline_id, after_s):
+                self._desk.deadline(deadline_id, time.monotonic() + after_s)
+                self._later(after_s, t.Expired(deadline_id))
+            case t.Answer():
+                self._desk.answered(action)
+                if action.code and action.request_id.startswith("boot-"):
+                    self._give_up("boot", "memory" if action.code == "impossible" else "internal", action.message)
+            case t.Note(kind, text, details):
+                self._note(kind, text, dict(details))
+            case t.Finished():
+                self._finished(action)
+
+    def _later(self, delay_s: float, event: s.Event | t.Event) -> None:
+        asyncio.get_running_loop().call_later(delay_s, self._queue.put_nowait, event)
+
+    def _note(self, kind: str, text: str, details: dict[str, Any]) -> None:
+        if "transition" in details:
+            details["transition_id"] = details.pop("transition")
+        if kind == "ended":
+            details["phases"] = details.pop("seconds", {})
+            details["seconds"] = self._desk.finished(details["transition_id"], now_s=time.monotonic())
+        self._tell(kind, text, **details)
+        if kind == "begun":
+            self._desk.began(details["transition_id"], now_s=time.monotonic())
+
+    def _finished(self, action: t.Finished) -> None:
+        self._need_devices()
+        transitions = self._conductor.transitions
+        if transitions is None or transitions.current is not None or transitions.state.boot_workers:
+            return
+        if action.state == "failed":  # the boot, and it is not tried again
+            kinds = self._components.members.failure_kinds.values()
+            self._give_up("boot", next(reversed(list(kinds)), "internal"), action.reason)
+
+    def _need_devices(self) -> None:
+        """Those of members, joiners and processes on their way, and the next ones that standbys would serve."""
+        transitions = self._conductor.transitions
+        workers = {worker for _, worker in self._conductor.supervision.processes().values() if worker}
+        if transitions is None or transitions.current is None:
+            workers |= set(self._spec.worker_ids[: self._spec.workers])
+        else:
+            workers |= set(transitions.state.members)
+        idle = [worker for worker in self._spec.worker_ids if worker not in workers]
+        wanted = workers | set(idle[: self._spec.standbys])
+        self._components.need_devices({device_of(worker) for worker in wanted})
+
+    def _give_up(self, component: str, kind: str, reason: str) -> None:
+        if self._given_up is None:
+            self._tell("gave_up", f"giving up on {component}: {reason}", component=component, failure_kind=kind)
+            self._given_up = {"component": component, "kind": kind, "reason": reason}
+            self._changed.set()
 
     async def _stop_all(self) -> None:
         try:
@@ -218,21 +365,12 @@ class Controller:
         self._stopped = True
         self._tell("stopped", "everything has ended")
 
-    def _note_recovery(self, event: Event, orders: list[Instruction], now_s: float) -> None:
-        """How long each component was missing, for `flexpert events`."""
-        if any(isinstance(order, KillProcess) and order.reason for order in orders):
-            self._died_at_s.setdefault("worker", now_s)
-        match event:
-            case Died():
-                self._died_at_s.setdefault(GATEWAY if event.component == GATEWAY else "worker", now_s)
-            case WorkerReady() | GatewayReady():
-                component = GATEWAY if isinstance(event, GatewayReady) else "worker"
-                if (died_at_s := self._died_at_s.pop(component, None)) is not None:
-                    self._tell(
-                        "replaced",
-                        f"{component} replaced after {now_s - died_at_s:.2f} s",
-                        seconds=round(now_s - died_at_s, 3),
-                    )
+    def _tell_of_components(self, kind: str, text: str, **details: Any) -> None:
+        _, worker_id = self._conductor.supervision.processes().get(details.get("component", ""), ("", ""))
+        if kind == "died" and worker_id and self._conductor.transitions is not None:
+            log.info("%s", text)  # the transitions tell it, by the name of the worker
+        else:
+            self._tell(kind, text, **details)
 
     def _tell(self, kind: str, text: str, **details: Any) -> None:
         log.info("%s", text)

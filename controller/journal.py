@@ -1,6 +1,7 @@
 """What the controller writes down: facts that a restarted controller needs, and the events a person reads.
 
-`controller.json` is replaced before an order that depends on it is carried out (an incarnation is on disk before a worker gets it);
+`controller.json` is replaced before an order that depends on it is carried out: an incarnation or an epoch is on disk before a
+worker hears of it;
 `events.jsonl` grows by a line for each thing that happened. Both lie in the runtime directory, readable for the user alone.
 """
 
@@ -9,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from flexpert.controller.runtime_dir import RuntimeDir, read_json, write_json
+import msgspec
+
+from flexpert.controller.runtime_dir import RuntimeDir, read_json, write_bytes
 
 MAX_EVENTS_BYTES = 1 << 20
 MAX_EVENTS_KEPT = 1000
@@ -20,13 +23,17 @@ MAX_EVENTS_KEPT = 1000
 
 @dataclass
 class Facts:
-    """incarnations: the last one given to each worker. processes, generation: names that are taken. live: worker processes
-    that were not ended."""
+    """run: which `up` this was written under. next_process, generation: names that are taken. processes: those of the pool that were not
+    ended -> (worker or "", agent). managers: device -> pid. model: its shape, {} before it is known. transitions: their snapshot, {} before
+    they began."""
 
-    incarnations: dict[str, int] = field(default_factory=dict)
+    run: str = ""
     next_process: int = 0
     generation: int = 0
-    live: list[str] = field(default_factory=list)
+    processes: dict[str, tuple[str, str]] = field(default_factory=dict)
+    managers: dict[str, int] = field(default_factory=dict)
+    model: dict[str, int] = field(default_factory=dict)
+    transitions: dict[str, Any] = field(default_factory=dict)
 
 
 class Journal:
@@ -34,7 +41,7 @@ class Journal:
         self._runtime = runtime
         found = read_json(runtime.journal) or {}
         self.facts = Facts(**{name: found[name] for name in Facts.__dataclass_fields__ if name in found})
-        self._saved: dict[str, Any] | None = None
+        self._saved = b""
         self._rotate()
         self._events = os.fdopen(
             os.open(runtime.events, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", buffering=1
@@ -49,9 +56,9 @@ class Journal:
 
     def save(self) -> None:
         """Write the facts, where they changed."""
-        facts = asdict(self.facts)
+        facts = msgspec.json.encode(self.facts)
         if facts != self._saved:
-            write_json(self._runtime.journal, facts)
+            write_bytes(self._runtime.journal, facts)
             self._saved = facts
 
     def tell(self, kind: str, text: str, **details: Any) -> dict[str, Any]:

@@ -162,11 +162,15 @@ def is_locked(runtime: RuntimeDir) -> bool:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replace the file in one step, readable for the user alone."""
+    write_bytes(path, json.dumps(value, indent=1).encode() + b"\n")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace the file in one step, readable for the user alone."""
     new = path.with_name(path.name + ".new")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
     new.replace(path)
 
 

@@ -1,6 +1,6 @@
 """What a cluster is to be: everything `flexpert up` was told, as one value that is handed to the controller.
 
-Made by the CLI, read by the controller and the actors it starts; imports nothing but the standard library.
+Made by the CLI, read by the controller and the actors it starts; imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexpert.controller.runtime_dir import RuntimeDir
+from flexpert.workers.actor import WORKER_PROCESS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,8 @@ class ClusterSpec:
     memory_exact. Settings that are None are left to the worker's defaults. threads: compute threads of each worker.
 
     cluster_token: what gateways show to workers. api_keys: empty lets everyone in. admin_keys: empty lets nobody use
-    the admin API. port 0 lets the kernel choose.
+    the admin API. port 0 lets the kernel choose. step_timeout_s: after which the ranks of an epoch drop a step that one of them misses.
+    worker_process: the class that a worker's actor runs, "module:Class".
     """
 
     name: str
@@ -46,6 +48,7 @@ class ClusterSpec:
     max_workers: int = 1
     admin_keys: tuple[str, ...] = ()
     step_timeout_s: float = 2.0
+    worker_process: str = WORKER_PROCESS
 
     def __post_init__(self) -> None:
         if not 1 <= self.workers <= self.max_workers:

@@ -1,9 +1,9 @@
-"""What has to run, and what to do when something of it dies: the controller's decisions as a pure state machine.
+"""Which processes have to run, and what to do when one dies: the controller's decisions about processes as a pure state machine.
 
-The model: one node agent keeps the HBM manager; each worker (a lasting name such as "worker-0") is served by some worker process;
-one gateway listens. Processes are disposable: a process is *spawned* (it imports what it needs, that is slow), is then *warm*,
-and is *assigned* to a worker with an incarnation, the fencing token that the HBM manager checks. Incarnations of a worker only grow.
-Spare warm processes are standbys: after a death one of them is assigned at once.
+The model: a node agent on each node keeps the HBM managers of its devices; one gateway listens; there is a pool of worker processes.
+Processes are disposable: one is *spawned* (it imports what it needs, that is slow), is then *warm*, and is *given* to a worker when a
+transition wants one (`controller.transition` decides who serves and what the process does from then on). Spare warm processes are
+standbys: after a death one of them is given at once.
 
 Events go in, instructions come out: an event changes what is known, then `_reconcile` compares that with what is wanted and orders
 the difference. Everything may fail at any time; a failure is followed by a bounded, growing pause, and by giving up where a start failed
@@ -24,7 +24,6 @@ from flexpert.controller.supervision_types import (
     AgentReady,
     Answered,
     AskProcess,
-    AssignWorker,
     Begin,
     Died,
     DrainGateway,
@@ -32,42 +31,48 @@ from flexpert.controller.supervision_types import (
     Failed,
     GatewayDrained,
     GatewayReady,
+    GiveProcess,
     GiveUp,
     Instruction,
     KillProcess,
-    ManagerLost,
     Pause,
     PauseOver,
+    ProcessEnded,
+    ProcessFound,
+    ProcessNotWanted,
+    ProcessReleased,
+    ProcessWanted,
     ProcessWarm,
-    SetWorkers,
+    Settled,
     SpawnProcess,
     StartAgent,
     StartGateway,
     StopAll,
     StopRequested,
     Tick,
-    WorkerAddress,
-    WorkerFound,
-    WorkerReady,
+    WorkerLost,
+    WorkerServes,
+    WorkerStarting,
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisionConfig:
-    """standbys: warm processes kept beside the workers. A component that served for stable_s has its earlier failures forgiven.
+    """standbys: warm processes kept on each node beside its workers. agents: worker -> agent of its node, AGENT where it is not named.
+    A component that served for stable_s has its earlier failures forgiven.
 
     silence_s: a worker that serves and does not answer for so long is ended. No more than max_tick_s of it pass from one tick to the next:
     after a moment in which the controller itself stood still, its workers have their time to answer.
     """
 
-    worker_ids: tuple[str, ...] = ("worker-0",)
     standbys: int = 0
+    agents: Mapping[str, str] = field(default_factory=dict)
     max_start_failures: int = 5
     backoff_base_s: float = 0.5
     backoff_max_s: float = 10.0
     stable_s: float = 60.0
-    silence_s: float = 10.0
-    max_tick_s: float = 4.0
+    silence_s: float = 3.0
+    max_tick_s: float = 1.0
 
 
 class ImpossibleEvent(Exception):
@@ -76,9 +81,9 @@ class ImpossibleEvent(Exception):
 
 @dataclass(slots=True)
 class _Process:
-    phase: str = "spawning"  # spawning, warm, starting, serving
+    phase: str  # spawning, warm, given, starting, serving
+    agent: str = AGENT
     worker_id: str = ""
-    address: str = ""
     asked: bool = False  # whether an answer is awaited
     silent_s: float = 0.0
 
@@ -99,43 +104,40 @@ class _Trouble:
 @dataclass
 class Supervision:
     config: SupervisionConfig
-    incarnations: Mapping[str, int] = field(default_factory=dict)
     first_process: int = 0
     first_generation: int = 0
 
     def __post_init__(self) -> None:
         self.phase = "new"  # new, running, draining, ended
-        self._incarnations = {worker: self.incarnations.get(worker, 0) for worker in self.config.worker_ids}
         self._next_process = self.first_process
         self._generation = self.first_generation
-        self._agent = "absent"  # absent, starting, ready
+        self._agents = dict.fromkeys([AGENT, *self.config.agents.values()], "absent")  # absent, starting, ready
         self._gateway = "absent"
         self._processes: dict[str, _Process] = {}
+        self._wanted: list[str] = []  # workers that wait for a process, in the order in which they began to
+        self._serving = self._calm = False
         self._trouble: dict[str, _Trouble] = {}
-        self._told: tuple[WorkerAddress, ...] | None = None
         self._ticked_at_s: float | None = None
         self._story: deque[str] = deque(maxlen=40)
 
     # What others may read
 
     @property
-    def serving(self) -> tuple[WorkerAddress, ...]:
-        """The workers that answer now, for the gateway."""
-        found = [
-            WorkerAddress(process.worker_id, self._incarnations[process.worker_id], process.address)
-            for process in self._processes.values()
-            if process.phase == "serving"
-        ]
-        return tuple(sorted(found))
-
-    @property
     def ready(self) -> bool:
-        """Whether every worker and the gateway serve."""
-        return self._gateway == "ready" and len(self.serving) == len(self.config.worker_ids)
+        """Whether the gateway and the workers serve."""
+        return self._gateway == "ready" and self._serving
 
     def processes(self) -> dict[str, tuple[str, str]]:
-        """Name of each process -> (phase, worker it serves or "")."""
+        """Name of each process -> (phase, worker it was given to or "")."""
         return {name: (process.phase, process.worker_id) for name, process in self._processes.items()}
+
+    def process_of(self, worker_id: str) -> str:
+        """The process that was given to the worker, "" where there is none."""
+        return next((name for name, process in self._processes.items() if process.worker_id == worker_id), "")
+
+    def agent_of(self, process: str) -> str:
+        """The agent of the node that the process runs on."""
+        return self._processes[process].agent
 
     # The machine
 
@@ -154,47 +156,83 @@ class Supervision:
             case Begin():
                 self._expect(self.phase == "new", event)
                 self.phase = "running"
-            case AgentReady():
-                self._agent = "ready"
-                self._served(AGENT, now_s)
-            case ManagerLost(reason):
-                self._lose_manager(reason, now_s, orders)
-            case ProcessWarm(process):
-                if process in self._processes:
-                    self._expect(self._processes[process].phase == "spawning", event)
-                    self._processes[process].phase = "warm"
-                    self._trouble_of(SPARE).start_failures, self._trouble_of(SPARE).was_ready = 0, True
-            case WorkerReady(process, address):
-                if process in self._processes:
-                    self._expect(self._processes[process].phase == "starting", event)
-                    self._processes[process].phase, self._processes[process].address = "serving", address
-                    self._served(self._processes[process].worker_id, now_s)
+            case AgentReady(agent):
+                self._expect(agent in self._agents, event)
+                self._agents[agent] = "ready"
+                self._served(agent, now_s)
             case GatewayReady(generation):
                 if self.phase == "new":
                     self._generation = max(self._generation, generation)
                 if generation == self._generation and self.phase != "draining":
-                    self._gateway, self._told = "ready", None
+                    self._gateway = "ready"
                     self._served(GATEWAY, now_s)
-            case WorkerFound(process, worker_id, incarnation, address):
-                self._expect(self.phase == "new" and worker_id in self._incarnations, event)
-                self._incarnations[worker_id] = max(incarnation, self._incarnations[worker_id])
-                self._processes[process] = _Process("serving", worker_id, address)
-                self._served(worker_id, now_s)
+            case ProcessFound(name, worker_id, agent):
+                self._expect(self.phase == "new", event)
+                self._processes[name] = _Process("serving" if worker_id else "warm", agent, worker_id)
+                if worker_id:
+                    self._served(worker_id, now_s)
+            case ProcessWanted(worker_id):
+                self._want(worker_id, orders)
+            case Settled(serving, calm):
+                self._serving, self._calm = serving, calm
             case Failed(component, kind, reason, permanent):
                 self._failed(component, kind=kind, reason=reason, permanent=permanent, now_s=now_s, orders=orders)
             case Died(component, reason):
                 self._failed(component, kind="internal", reason=reason, permanent=False, now_s=now_s, orders=orders)
             case Tick():
                 self._tick(now_s, orders)
-            case Answered(process):
-                if process in self._processes:
-                    self._processes[process].asked = False
             case PauseOver(component):
                 self._trouble_of(component).pausing = False
             case StopRequested():
                 self._request_stop(orders)
             case GatewayDrained():
                 self._end(orders)
+            case _:
+                self._take_process(event, now_s, orders)
+
+    def _take_process(self, event: Event, now_s: float, orders: list[Instruction]) -> None:
+        """What concerns one process of the pool. One that is not known was ended by us."""
+        match event:
+            case ProcessWarm(name):
+                if (process := self._processes.get(name)) is not None:
+                    self._expect(process.phase == "spawning", event)
+                    process.phase = "warm"
+                    self._trouble_of(SPARE).start_failures, self._trouble_of(SPARE).was_ready = 0, True
+            case ProcessNotWanted(worker_id):
+                if worker_id in self._wanted:
+                    self._wanted.remove(worker_id)
+                for process in self._processes.values():
+                    if process.worker_id == worker_id and process.phase == "given":
+                        process.phase, process.worker_id = "warm", ""
+            case WorkerStarting(name):
+                if (process := self._processes.get(name)) is not None and process.phase == "given":
+                    process.phase = "starting"
+            case WorkerServes(name):
+                if (process := self._processes.get(name)) is not None:
+                    self._expect(process.phase in ("starting", "serving"), event)
+                    process.phase, process.asked = "serving", False
+                    self._served(process.worker_id, now_s)
+            case ProcessReleased(name):
+                if (process := self._processes.get(name)) is not None:
+                    self._expect(process.phase != "spawning", event)
+                    self._trouble_of(process.worker_id).ready_at_s = None
+                    process.phase, process.worker_id, process.asked = "warm", "", False
+            case ProcessEnded(name, reason):
+                if (process := self._processes.pop(name, None)) is not None:
+                    orders.append(KillProcess(name, reason))
+                    self._count(
+                        process.worker_id or SPARE, kind="internal", reason=reason, permanent=False, now_s=now_s, orders=orders
+                    )  # fmt: skip
+            case Answered(name):
+                if (process := self._processes.get(name)) is not None:
+                    process.asked = False
+
+    def _want(self, worker_id: str, orders: list[Instruction]) -> None:
+        name = self.process_of(worker_id)
+        if name and self._processes[name].phase == "given":
+            orders.append(GiveProcess(worker_id, name))  # it was given, and whoever asked may not have heard of it
+        elif worker_id not in self._wanted:
+            self._wanted.append(worker_id)
 
     def _request_stop(self, orders: list[Instruction]) -> None:
         if self.phase == "draining":
@@ -210,32 +248,30 @@ class Supervision:
         self._processes.clear()
         orders.append(StopAll())
 
-    def _lose_manager(self, reason: str, now_s: float, orders: list[Instruction]) -> None:
-        """Weights and KV are gone: a process that mapped them must end, or it would keep the old memory alive."""
-        self._agent = "absent"
-        for name, process in list(self._processes.items()):
-            if process.worker_id:
-                del self._processes[name]
-                orders.append(KillProcess(name))
-        self._count(AGENT, kind="internal", reason=reason, permanent=False, now_s=now_s, orders=orders)
-
     def _failed(
         self, component: str, *, kind: str, reason: str, permanent: bool, now_s: float, orders: list[Instruction]
     ) -> None:
         """One component is gone; a process that only failed to start is killed, so that nothing half-made stays."""
-        if component == AGENT:
-            self._agent, counted = "absent", AGENT
+        if component in self._agents:
+            self._agents[component], counted = "absent", component
         elif component == GATEWAY:
             if self.phase == "draining":
                 self._end(orders)
                 return
             self._gateway, counted = "absent", GATEWAY
         elif component in self._processes:
-            counted = self._processes.pop(component).worker_id or SPARE
-            orders.append(KillProcess(component))
+            counted = self._lose_process(component, reason, orders)
         else:
             return  # killed before, by us
         self._count(counted, kind=kind, reason=reason, permanent=permanent, now_s=now_s, orders=orders)
+
+    def _lose_process(self, name: str, reason: str, orders: list[Instruction], *, tell: str = "") -> str:
+        """Returns what the loss counts against."""
+        worker_id = self._processes.pop(name).worker_id
+        orders.append(KillProcess(name, tell))
+        if worker_id:
+            orders.append(WorkerLost(worker_id, name, reason))
+        return worker_id or SPARE
 
     def _tick(self, now_s: float, orders: list[Instruction]) -> None:
         """Ask those that serve, one question at a time, and end those that left theirs unanswered for too long."""
@@ -251,23 +287,21 @@ class Supervision:
             process.silent_s += passed_s
             if process.silent_s >= self.config.silence_s:
                 reason = f"no answer for {process.silent_s:.0f} s; ended"
-                del self._processes[name]
-                orders.append(KillProcess(name, reason))
-                self._count(
-                    process.worker_id, kind="internal", reason=reason, permanent=False, now_s=now_s, orders=orders
-                )
+                counted = self._lose_process(name, reason, orders, tell=reason)
+                self._count(counted, kind="internal", reason=reason, permanent=False, now_s=now_s, orders=orders)
 
     def _count(
         self, component: str, *, kind: str, reason: str, permanent: bool, now_s: float, orders: list[Instruction]
     ) -> None:
-        """Decide between trying again at once, after a pause, and giving up."""
+        """Decide between trying again at once, after a pause, and giving up. Whether a worker is given up is a transition's decision."""
         trouble = self._trouble_of(component)
         served_s = 0.0 if trouble.ready_at_s is None else now_s - trouble.ready_at_s
         started, trouble.ready_at_s = trouble.ready_at_s is not None, None
         trouble.failures = 1 if served_s >= self.config.stable_s else trouble.failures + 1
         trouble.start_failures += not started
         hopeless = (permanent and not trouble.was_ready) or trouble.start_failures >= self.config.max_start_failures
-        if hopeless and not started and not self.ready:  # what serves is never ended for want of a spare part
+        ours = component in (GATEWAY, SPARE, *self._agents)
+        if ours and hopeless and not started and not self.ready:  # what serves is never ended for want of a spare part
             self.phase = "ended"
             orders.append(GiveUp(component, kind, reason))
             return
@@ -287,37 +321,45 @@ class Supervision:
         """Order the difference between what is wanted and what is known."""
         if self.phase not in ("running", "draining"):
             return
-        if self._agent == "absent" and not self._pausing(AGENT):
-            self._agent = "starting"
-            orders.append(StartAgent())
-        self._reconcile_workers(orders)
+        for agent, phase in self._agents.items():
+            if phase == "absent" and not self._pausing(agent):
+                self._agents[agent] = "starting"
+                orders.append(StartAgent(agent))
+        self._give_processes(orders)
+        self._spawn_processes(orders)
         if self._gateway == "absent" and self.phase == "running" and not self._pausing(GATEWAY):
             self._generation += 1
             self._gateway = "starting"
             orders.append(StartGateway(self._generation))
-        if self._gateway == "ready" and self.serving != self._told:
-            self._told = self.serving
-            orders.append(SetWorkers(self.serving))
 
-    def _reconcile_workers(self, orders: list[Instruction]) -> None:
-        taken = {process.worker_id for process in self._processes.values()}
-        vacant = [worker for worker in self.config.worker_ids if worker not in taken and not self._pausing(worker)]
-        if self._agent == "ready":
-            for name in [name for name, process in self._processes.items() if process.phase == "warm"]:
-                if vacant:
-                    self._assign(name, vacant.pop(0), orders)
-        spare = sum(not process.worker_id for process in self._processes.values())
-        wanted = len(vacant) + (self.config.standbys if self.ready and self.phase == "running" else 0)
-        while spare < wanted and not self._pausing(SPARE):
-            name = f"process-{self._next_process}"
-            orders.append(SpawnProcess(name, urgent=spare < len(vacant)))
-            self._next_process, spare = self._next_process + 1, spare + 1
-            self._processes[name] = _Process()
+    def _give_processes(self, orders: list[Instruction]) -> None:
+        for worker_id in list(self._wanted):
+            agent = self._agent_of(worker_id)
+            if self._pausing(worker_id) or self._agents[agent] != "ready":
+                continue
+            for name, process in self._processes.items():
+                if process.phase == "warm" and process.agent == agent:
+                    process.phase, process.worker_id = "given", worker_id
+                    self._wanted.remove(worker_id)
+                    orders.append(GiveProcess(worker_id, name))
+                    break
 
-    def _assign(self, name: str, worker_id: str, orders: list[Instruction]) -> None:
-        self._incarnations[worker_id] += 1
-        self._processes[name].phase, self._processes[name].worker_id = "starting", worker_id
-        orders.append(AssignWorker(name, worker_id, self._incarnations[worker_id]))
+    def _spawn_processes(self, orders: list[Instruction]) -> None:
+        """As many as workers wait for; standbys besides, once there is time for them."""
+        standbys = self.config.standbys if self.ready and self._calm and self.phase == "running" else 0
+        for agent in self._agents:
+            waiting = sum(
+                self._agent_of(worker_id) == agent and not self._pausing(worker_id) for worker_id in self._wanted
+            )
+            spare = sum(not process.worker_id and process.agent == agent for process in self._processes.values())
+            while spare < waiting + standbys and not self._pausing(SPARE):
+                name = f"process-{self._next_process}"
+                orders.append(SpawnProcess(name, urgent=spare < waiting, agent=agent))
+                self._next_process, spare = self._next_process + 1, spare + 1
+                self._processes[name] = _Process("spawning", agent)
+
+    def _agent_of(self, worker_id: str) -> str:
+        return self.config.agents.get(worker_id, AGENT)
 
     def _trouble_of(self, component: str) -> _Trouble:
         return self._trouble.setdefault(component, _Trouble())

@@ -22,14 +22,9 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class AgentReady:
-    """The node agent runs and its HBM manager answers."""
+    """The node agent runs and the HBM managers of its devices in use answer."""
 
-
-@dataclass(frozen=True, slots=True)
-class ManagerLost:
-    """The HBM manager died: the memory of its workers is gone with it."""
-
-    reason: str
+    agent: str = AGENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +33,54 @@ class ProcessWarm:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerReady:
+class ProcessWanted:
+    """A transition waits for a process for this worker."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessNotWanted:
+    """It no longer waits; a process that was given and is not used yet is a standby again."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStarting:
+    """The process that was given is becoming its worker."""
+
     process: str
-    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerServes:
+    """The process has become its worker: it must answer from now on."""
+
+    process: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessReleased:
+    """The process let go of its worker and is a standby again."""
+
+    process: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEnded:
+    """A transition wants this process gone."""
+
+    process: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """How the transitions stand. serving: an epoch is whole. calm: nothing is to be done besides, so there is time for standbys."""
+
+    serving: bool
+    calm: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +89,17 @@ class GatewayReady:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerFound:
-    """A restarted controller found this worker still serving (before Begin)."""
+class ProcessFound:
+    """A restarted controller found this process (before Begin): worker_id's, or warm where that is ""."""
 
     process: str
-    worker_id: str
-    incarnation: int
-    address: str
+    worker_id: str = ""
+    agent: str = AGENT
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Something could not start. component: AGENT, GATEWAY or a process name; kind names the class of error, for the exit code."""
+    """Something could not start. component: an agent, GATEWAY or a process name; kind names the class of error, for the exit code."""
 
     component: str
     kind: str
@@ -104,8 +143,8 @@ class GatewayDrained:
 
 
 Event = (
-    Begin | AgentReady | ManagerLost | ProcessWarm | WorkerReady | GatewayReady | WorkerFound | Failed | Died | PauseOver
-    | Tick | Answered | StopRequested | GatewayDrained
+    Begin | AgentReady | ProcessWarm | ProcessWanted | ProcessNotWanted | WorkerStarting | WorkerServes | ProcessReleased
+    | ProcessEnded | Settled | GatewayReady | ProcessFound | Failed | Died | PauseOver | Tick | Answered | StopRequested | GatewayDrained
 )  # fmt: skip
 
 
@@ -114,22 +153,33 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class StartAgent:
-    pass
+    agent: str = AGENT
 
 
 @dataclass(frozen=True, slots=True)
 class SpawnProcess:
-    """urgent: a worker waits for it; otherwise it is a standby and must not slow those that serve."""
+    """On the node of `agent`. urgent: a worker waits for it; otherwise it is a standby and must not slow those that serve."""
 
     process: str
     urgent: bool = True
+    agent: str = AGENT
 
 
 @dataclass(frozen=True, slots=True)
-class AssignWorker:
-    process: str
+class GiveProcess:
+    """Set this warm process aside for the worker that waits."""
+
     worker_id: str
-    incarnation: int
+    process: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A process that was given to a worker is gone; a transition decides what follows."""
+
+    worker_id: str
+    process: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,18 +202,6 @@ class StartGateway:
     generation: int
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class WorkerAddress:
-    worker_id: str
-    incarnation: int
-    address: str
-
-
-@dataclass(frozen=True, slots=True)
-class SetWorkers:
-    workers: tuple[WorkerAddress, ...]
-
-
 @dataclass(frozen=True, slots=True)
 class Pause:
     """Send PauseOver(component) after delay_s."""
@@ -179,7 +217,7 @@ class DrainGateway:
 
 @dataclass(frozen=True, slots=True)
 class StopAll:
-    """End the worker processes, the node agent and its manager; nothing follows."""
+    """End the worker processes, the node agents and their managers; nothing follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,15 +230,6 @@ class GiveUp:
 
 
 Instruction = (
-    StartAgent
-    | SpawnProcess
-    | AssignWorker
-    | KillProcess
-    | AskProcess
-    | StartGateway
-    | SetWorkers
-    | Pause
-    | DrainGateway
-    | StopAll
+    StartAgent | SpawnProcess | GiveProcess | WorkerLost | KillProcess | AskProcess | StartGateway | Pause | DrainGateway | StopAll
     | GiveUp
-)
+)  # fmt: skip

@@ -15,101 +15,156 @@ from flexpert.controller.supervision_types import (
     AgentReady,
     Answered,
     AskProcess,
-    AssignWorker,
     Begin,
     Died,
     DrainGateway,
     Failed,
     GatewayDrained,
     GatewayReady,
+    GiveProcess,
     GiveUp,
     Instruction,
     KillProcess,
-    ManagerLost,
     Pause,
     PauseOver,
+    ProcessEnded,
+    ProcessFound,
+    ProcessNotWanted,
+    ProcessReleased,
+    ProcessWanted,
     ProcessWarm,
-    SetWorkers,
+    Settled,
     SpawnProcess,
     StartAgent,
     StartGateway,
     StopAll,
     StopRequested,
     Tick,
-    WorkerAddress,
-    WorkerFound,
-    WorkerReady,
+    WorkerLost,
+    WorkerServes,
+    WorkerStarting,
 )
+
+WHOLE = Settled(serving=True, calm=True)
+BROKEN = Settled(serving=False, calm=False)
 
 
 def started(**config: object) -> Supervision:
     """A machine whose agent, gateway and worker serve, at time 0."""
     machine = Supervision(SupervisionConfig(**config))
-    machine.handle(Begin(), now_s=0)
-    for event in (AgentReady(), GatewayReady(1), ProcessWarm("process-0"), WorkerReady("process-0", "unix:/w")):
+    for event in (Begin(), ProcessWanted("worker-0"), AgentReady(), GatewayReady(1), ProcessWarm("process-0")):
         machine.handle(event, now_s=0)
+    serves(machine, "process-0")
     assert machine.ready
     return machine
 
 
-def test_everything_starts_at_once() -> None:
+def serves(machine: Supervision, process: str, *, now_s: float = 0) -> list[Instruction]:
+    """The process that was given becomes its worker, and the epoch is whole again."""
+    events = (WorkerStarting(process), WorkerServes(process), WHOLE)
+    return [order for event in events for order in machine.handle(event, now_s=now_s)]
+
+
+def dies(machine: Supervision, process: str, *, now_s: float) -> list[Instruction]:
+    """The worker's process dies, and a transition wants another one."""
+    orders = machine.handle(Died(process, "crash"), now_s=now_s)
+    assert WorkerLost("worker-0", process, "crash") in orders
+    machine.handle(BROKEN, now_s=now_s)
+    return orders + machine.handle(ProcessWanted("worker-0"), now_s=now_s)
+
+
+def test_agent_and_gateway_start_at_once_and_processes_when_wanted() -> None:
+    machine = Supervision(SupervisionConfig(standbys=1))
+    assert machine.handle(Begin(), now_s=0) == [StartAgent(), StartGateway(1)]
+    assert machine.handle(ProcessWanted("worker-0"), now_s=0) == [SpawnProcess("process-0")]
+    assert machine.handle(ProcessWanted("worker-1"), now_s=0) == [SpawnProcess("process-1")]
+
+
+@pytest.mark.parametrize("agent_first", [True, False])
+def test_process_is_given_when_it_is_warm_and_the_agent_is_there(agent_first: bool) -> None:
     machine = Supervision(SupervisionConfig())
-    assert machine.handle(Begin(), now_s=0) == [StartAgent(), SpawnProcess("process-0"), StartGateway(1)]
-
-
-@pytest.mark.parametrize("manager_first", [True, False])
-def test_worker_is_assigned_when_both_process_and_manager_are_there(manager_first: bool) -> None:
-    machine = Supervision(SupervisionConfig(), incarnations={"worker-0": 6})
     machine.handle(Begin(), now_s=0)
+    machine.handle(ProcessWanted("worker-0"), now_s=0)
     first, second = (
-        (AgentReady(), ProcessWarm("process-0")) if manager_first else (ProcessWarm("process-0"), AgentReady())
+        (AgentReady(), ProcessWarm("process-0")) if agent_first else (ProcessWarm("process-0"), AgentReady())
     )
     assert machine.handle(first, now_s=1) == []
-    assert machine.handle(second, now_s=2) == [AssignWorker("process-0", "worker-0", 7)]
+    assert machine.handle(second, now_s=2) == [GiveProcess("worker-0", "process-0")]
 
 
-def test_gateway_is_told_of_workers_once() -> None:
-    machine = Supervision(SupervisionConfig())
-    for event in (Begin(), AgentReady(), GatewayReady(1), ProcessWarm("process-0")):
+def test_process_comes_from_the_node_of_the_workers_device() -> None:
+    machine = Supervision(SupervisionConfig(agents={"worker-1": "agent-1"}))
+    machine.handle(Begin(), now_s=0)
+    for worker in ("worker-1", "worker-0"):
+        machine.handle(ProcessWanted(worker), now_s=0)
+    for event in (AgentReady(), AgentReady("agent-1"), ProcessWarm("process-1")):
         orders = machine.handle(event, now_s=0)
-    orders = machine.handle(WorkerReady("process-0", "unix:/w"), now_s=0)
-    assert orders == [SetWorkers((WorkerAddress("worker-0", 1, "unix:/w"),))]
-    assert machine.handle(AgentReady(), now_s=0) == []
+    assert orders == [GiveProcess("worker-0", "process-1")], "the one on the node of the first agent"
+    assert machine.handle(ProcessWarm("process-0"), now_s=0) == [GiveProcess("worker-1", "process-0")]
 
 
-def test_dead_worker_is_replaced_at_once_with_a_greater_incarnation() -> None:
+def test_process_that_is_not_wanted_any_more_is_a_standby_for_the_next() -> None:
+    machine = started(standbys=1)
+    machine.handle(ProcessWarm("process-1"), now_s=1)
+    assert machine.handle(ProcessWanted("worker-1"), now_s=2) == [GiveProcess("worker-1", "process-1"), *spawned(2)]
+    assert machine.handle(ProcessNotWanted("worker-1"), now_s=3) == []
+    assert machine.handle(ProcessWanted("worker-2"), now_s=4) == [GiveProcess("worker-2", "process-1")]
+
+
+def test_released_process_is_a_standby() -> None:
     machine = started()
-    orders = machine.handle(Died("process-0", "killed"), now_s=10)
-    assert orders == [KillProcess("process-0"), SpawnProcess("process-1"), SetWorkers(())]
-    assert machine.handle(ProcessWarm("process-1"), now_s=11) == [AssignWorker("process-1", "worker-0", 2)]
-    orders = machine.handle(WorkerReady("process-1", "unix:/w2"), now_s=12)
-    assert orders == [SetWorkers((WorkerAddress("worker-0", 2, "unix:/w2"),))]
+    machine.handle(ProcessReleased("process-0"), now_s=1)
+    assert machine.handle(ProcessWanted("worker-3"), now_s=2) == [GiveProcess("worker-3", "process-0")]
+
+
+def test_process_that_a_transition_ends_is_killed_and_no_loss() -> None:
+    machine = started()
+    assert machine.handle(ProcessEnded("process-0", "missed a step"), now_s=1) == [
+        KillProcess("process-0", "missed a step")
+    ]
+    assert machine.handle(Died("process-0", "killed"), now_s=1) == []
+
+
+def spawned(number: int) -> list[Instruction]:
+    return [SpawnProcess(f"process-{number}", urgent=False)]
+
+
+def test_dead_worker_gets_another_process_at_once() -> None:
+    machine = started()
+    orders = dies(machine, "process-0", now_s=10)
+    assert orders == [
+        KillProcess("process-0"),
+        WorkerLost("worker-0", "process-0", "crash"),
+        SpawnProcess("process-1"),
+    ]
+    assert machine.handle(ProcessWarm("process-1"), now_s=11) == [GiveProcess("worker-0", "process-1")]
 
 
 def test_standby_takes_over_in_the_same_step() -> None:
     machine = started(standbys=1)
     machine.handle(ProcessWarm("process-1"), now_s=1)
-    orders = machine.handle(Died("process-0", "killed"), now_s=10)
-    assert AssignWorker("process-1", "worker-0", 2) in orders
+    orders = dies(machine, "process-0", now_s=10)
+    assert GiveProcess("worker-0", "process-1") in orders
     assert not any(isinstance(order, SpawnProcess) for order in orders), (
         "the next standby waits until the worker serves"
     )
-    assert SpawnProcess("process-2", urgent=False) in machine.handle(WorkerReady("process-1", "unix:/w2"), now_s=11)
+    assert SpawnProcess("process-2", urgent=False) in serves(machine, "process-1", now_s=11)
 
 
-def test_gateway_death_restarts_it_and_tells_it_the_workers_again() -> None:
+def test_gateway_death_restarts_it() -> None:
     machine = started()
     assert machine.handle(Died(GATEWAY, "killed"), now_s=10) == [StartGateway(2)]
-    assert machine.handle(GatewayReady(2), now_s=11) == [SetWorkers((WorkerAddress("worker-0", 1, "unix:/w"),))]
+    machine.handle(GatewayReady(2), now_s=11)
+    assert machine.ready
 
 
-def test_permanent_failure_of_the_first_start_gives_up_at_once() -> None:
+def test_permanent_failure_of_the_first_process_gives_up_at_once() -> None:
     machine = Supervision(SupervisionConfig())
-    for event in (Begin(), AgentReady(), ProcessWarm("process-0")):
+    for event in (Begin(), ProcessWanted("worker-0"), AgentReady()):
         machine.handle(event, now_s=0)
     orders = machine.handle(Failed("process-0", "model", "not a Mixture of Experts", True), now_s=1)
-    assert orders[-1] == GiveUp("worker-0", "model", "not a Mixture of Experts")
-    assert machine.handle(PauseOver("worker-0"), now_s=2) == []
+    assert orders[-1] == GiveUp("standby", "model", "not a Mixture of Experts")
+    assert machine.handle(PauseOver("standby"), now_s=2) == []
 
 
 def test_repeated_failure_pauses_longer_each_time_and_then_gives_up() -> None:
@@ -130,13 +185,13 @@ def test_worker_that_dies_again_soon_is_started_after_a_pause_and_never_given_up
     machine = started(backoff_base_s=1, backoff_max_s=4)
     delays = []
     for number in range(8):
-        orders = machine.handle(Died(f"process-{number}", "crash"), now_s=0)
+        orders = dies(machine, f"process-{number}", now_s=0)
         pauses = [order for order in orders if isinstance(order, Pause)]
         delays.append(pauses[0].delay_s if pauses else 0)
         if pauses:
             machine.handle(PauseOver("worker-0"), now_s=0)
         machine.handle(ProcessWarm(f"process-{number + 1}"), now_s=0)
-        machine.handle(WorkerReady(f"process-{number + 1}", "unix:/w"), now_s=0)
+        serves(machine, f"process-{number + 1}")
     assert delays == [0, 2, 4, 4, 4, 4, 4, 4]
     assert machine.ready
 
@@ -145,22 +200,22 @@ def test_time_served_counts_against_the_pause() -> None:
     machine = started(backoff_base_s=1, backoff_max_s=4)
     delays = []
     for number, now_s in enumerate((0, 1, 2, 6, 7)):  # served for 0, 1, 1, 4 and 1 s
-        orders = machine.handle(Died(f"process-{number}", "crash"), now_s=now_s)
+        orders = dies(machine, f"process-{number}", now_s=now_s)
         pauses = [order for order in orders if isinstance(order, Pause)]
         delays.append(pauses[0].delay_s if pauses else 0)
         machine.handle(PauseOver("worker-0"), now_s=now_s)
         machine.handle(ProcessWarm(f"process-{number + 1}"), now_s=now_s)
-        machine.handle(WorkerReady(f"process-{number + 1}", "unix:/w"), now_s=now_s)
+        serves(machine, f"process-{number + 1}", now_s=now_s)
     assert delays == [0, 1, 3, 0, 3]
 
 
 def test_long_service_forgives_earlier_deaths() -> None:
     machine = started(stable_s=60)
     for number, now_s in enumerate((1, 100, 200)):
-        orders = machine.handle(Died(f"process-{number}", "crash"), now_s=now_s)
+        orders = dies(machine, f"process-{number}", now_s=now_s)
         assert not any(isinstance(order, Pause) for order in orders)
         machine.handle(ProcessWarm(f"process-{number + 1}"), now_s=now_s)
-        machine.handle(WorkerReady(f"process-{number + 1}", "unix:/w"), now_s=now_s)
+        serves(machine, f"process-{number + 1}", now_s=now_s)
 
 
 def test_standby_that_cannot_start_never_ends_what_serves() -> None:
@@ -170,23 +225,15 @@ def test_standby_that_cannot_start_never_ends_what_serves() -> None:
         assert not any(isinstance(order, GiveUp) for order in orders)
         assert SpawnProcess(f"process-{number + 1}", urgent=False) in machine.handle(PauseOver("standby"), now_s=number)
     assert machine.ready
-    machine.handle(Died("process-0", "killed"), now_s=20)
+    dies(machine, "process-0", now_s=20)
     orders = machine.handle(Failed("process-10", "model", "checkpoint deleted", True), now_s=21)
     assert orders[-1] == GiveUp("standby", "model", "checkpoint deleted"), "now a worker is missing and cannot be had"
-
-
-def test_lost_manager_takes_its_workers_with_it() -> None:
-    machine = started()
-    orders = machine.handle(ManagerLost("killed"), now_s=10)
-    assert orders[:3] == [KillProcess("process-0"), StartAgent(), SpawnProcess("process-1")]
-    machine.handle(ProcessWarm("process-1"), now_s=11)
-    assert machine.handle(AgentReady(), now_s=12) == [AssignWorker("process-1", "worker-0", 2)]
 
 
 def test_stop_drains_first_and_still_replaces_a_dead_worker_meanwhile() -> None:
     machine = started()
     assert machine.handle(StopRequested(), now_s=1) == [DrainGateway()]
-    assert SpawnProcess("process-1") in machine.handle(Died("process-0", "killed"), now_s=2)
+    assert SpawnProcess("process-1") in dies(machine, "process-0", now_s=2)
     assert machine.handle(GatewayDrained(), now_s=3) == [StopAll()]
     assert machine.handle(Died("process-1", "killed"), now_s=4) == []
 
@@ -203,12 +250,13 @@ def test_stop_before_anything_serves_ends_at_once() -> None:
     assert machine.handle(StopRequested(), now_s=1) == [StopAll()]
 
 
-def test_restarted_controller_takes_over_what_still_serves() -> None:
-    machine = Supervision(SupervisionConfig(), incarnations={"worker-0": 3}, first_process=5, first_generation=2)
-    machine.handle(AgentReady(), now_s=0)
-    machine.handle(GatewayReady(2), now_s=0)
-    machine.handle(WorkerFound("process-4", "worker-0", 3, "unix:/w"), now_s=0)
-    assert machine.handle(Begin(), now_s=0) == [SetWorkers((WorkerAddress("worker-0", 3, "unix:/w"),))]
+def test_restarted_controller_takes_over_what_is_there() -> None:
+    machine = Supervision(SupervisionConfig(), first_process=5, first_generation=2)
+    for event in (AgentReady(), GatewayReady(2), ProcessFound("process-4", "worker-0"), ProcessFound("process-3")):
+        machine.handle(event, now_s=0)
+    assert machine.handle(Begin(), now_s=0) == []
+    assert machine.processes() == {"process-4": ("serving", "worker-0"), "process-3": ("warm", "")}
+    assert machine.handle(ProcessWanted("worker-1"), now_s=0) == [GiveProcess("worker-1", "process-3")]
 
 
 def ticks(machine: Supervision, *times_s: float, answering: bool = False) -> list[Instruction]:
@@ -224,20 +272,18 @@ def ticks(machine: Supervision, *times_s: float, answering: bool = False) -> lis
 
 
 def test_worker_that_does_not_answer_is_ended_and_replaced() -> None:
-    machine = started(standbys=1)
-    machine.handle(ProcessWarm("process-1"), now_s=1)
+    machine = started(silence_s=10, max_tick_s=4)
     assert ticks(machine, 20) == [AskProcess("process-0")], "asked from its first tick, however long it served"
     assert ticks(machine, 22, 24, 26, 28, 29.9) == [], "one question at a time, and time to answer it"
     orders = ticks(machine, 30)
     assert orders == [
         KillProcess("process-0", "no answer for 10 s; ended"),
-        AssignWorker("process-1", "worker-0", 2),
-        SetWorkers(()),
+        WorkerLost("worker-0", "process-0", "no answer for 10 s; ended"),
     ]
 
 
 def test_late_answer_is_an_answer() -> None:
-    machine = started()
+    machine = started(silence_s=10, max_tick_s=4)
     ticks(machine, 0, 2, 4, 6, 8)
     machine.handle(Answered("process-0"), now_s=9.9)
     assert ticks(machine, 10) == [AskProcess("process-0")]
@@ -252,18 +298,19 @@ def test_worker_that_answers_is_left_alone() -> None:
 
 
 def test_process_that_does_not_serve_yet_is_not_asked() -> None:
-    machine = Supervision(SupervisionConfig())
-    for event in (Begin(), AgentReady(), GatewayReady(1)):
+    machine = Supervision(SupervisionConfig(silence_s=10))
+    for event in (Begin(), ProcessWanted("worker-0"), AgentReady(), GatewayReady(1)):
         machine.handle(event, now_s=0)
     assert ticks(machine, *range(0, 100, 2)) == [], "spawning"
     machine.handle(ProcessWarm("process-0"), now_s=100)
+    machine.handle(WorkerStarting("process-0"), now_s=100)
     assert ticks(machine, *range(100, 1000, 2)) == [], "loading its weights for long"
-    machine.handle(WorkerReady("process-0", "unix:/w"), now_s=1000)
+    machine.handle(WorkerServes("process-0"), now_s=1000)
     assert ticks(machine, 1002, 1004, 1006) == [AskProcess("process-0")]
 
 
 def test_controller_that_stood_still_blames_nobody() -> None:
-    machine = started()
+    machine = started(silence_s=10, max_tick_s=4)
     ticks(machine, 0, 2)
     assert ticks(machine, 500) == []
     machine.handle(Answered("process-0"), now_s=500)
@@ -271,13 +318,12 @@ def test_controller_that_stood_still_blames_nobody() -> None:
 
 
 def test_found_worker_is_asked_too_and_ended_while_draining() -> None:
-    machine = Supervision(SupervisionConfig(), incarnations={"worker-0": 3}, first_process=5, first_generation=2)
-    for event in (AgentReady(), GatewayReady(2), WorkerFound("process-4", "worker-0", 3, "unix:/w"), Begin()):
+    machine = Supervision(SupervisionConfig(silence_s=10, max_tick_s=4), first_process=5, first_generation=2)
+    for event in (AgentReady(), GatewayReady(2), ProcessFound("process-4", "worker-0"), Begin()):
         machine.handle(event, now_s=0)
     machine.handle(StopRequested(), now_s=1)
     assert ticks(machine, 2, 4, 6, 8, 10) == [AskProcess("process-4")]
-    orders = ticks(machine, 12)
-    assert [type(order) for order in orders] == [KillProcess, SpawnProcess, SetWorkers]
+    assert [type(order) for order in ticks(machine, 12)] == [KillProcess, WorkerLost]
     machine.handle(GatewayDrained(), now_s=13)
     assert ticks(machine, 14, 100) == []
 
@@ -285,14 +331,14 @@ def test_found_worker_is_asked_too_and_ended_while_draining() -> None:
 def test_ticks_do_not_crowd_out_the_story() -> None:
     machine = started()
     ticks(machine, *range(0, 1000, 2), answering=True)
-    with pytest.raises(ImpossibleEvent, match="AssignWorker"):
-        machine.handle(WorkerReady("process-0", "unix:/x"), now_s=1)
+    with pytest.raises(ImpossibleEvent, match="GiveProcess"):
+        machine.handle(ProcessWarm("process-0"), now_s=1)
 
 
 def test_impossible_event_tells_the_story() -> None:
     machine = started()
-    with pytest.raises(ImpossibleEvent, match=r"WorkerReady.*cannot follow(.|\n)*AssignWorker"):
-        machine.handle(WorkerReady("process-0", "unix:/x"), now_s=1)
+    with pytest.raises(ImpossibleEvent, match=r"ProcessWarm.*cannot follow(.|\n)*GiveProcess"):
+        machine.handle(ProcessWarm("process-0"), now_s=1)
 
 
 @dataclass(frozen=True)
@@ -306,28 +352,39 @@ class World:
     """Carries out instructions, checks each of them, and offers the events that could come next."""
 
     def __init__(self, standbys: int) -> None:
-        config = SupervisionConfig(worker_ids=("worker-0", "worker-1"), standbys=standbys, max_start_failures=3)
+        config = SupervisionConfig(standbys=standbys, max_start_failures=3, silence_s=10, max_tick_s=4)
         self.machine = Supervision(config)
         self.agent = self.gateway = "absent"
         self.generation = 0
         self.processes: dict[str, str] = {}  # name -> spawning | warm | starting | serving
         self.worker_of: dict[str, str] = {}
-        self.incarnations = {"worker-0": 0, "worker-1": 0}
+        self.without = ["worker-0", "worker-1"]  # of a process
         self.pauses: list[str] = []
         self.asked_at_s: dict[str, float] = {}  # questions without an answer
         self.stopped: set[str] = set()
-        self.told: tuple[WorkerAddress, ...] = ()
+        self.settled = BROKEN
         self.over = False
         self.now_s = 0.0
         self.send(Begin())
+        self.want()
+
+    def want(self) -> None:
+        """As the transitions do: each worker without a process wants one."""
+        settled = Settled(*[len(self.serving()) == 2] * 2)
+        if settled != self.settled:
+            self.settled = settled
+            self.send(settled)
+        while self.without and not self.over:
+            self.send(ProcessWanted(self.without.pop()))
+
+    def serving(self) -> list[str]:
+        return [name for name, phase in self.processes.items() if phase == "serving"]
 
     def send(self, event: object) -> None:
         self.now_s += 1
         for order in self.machine.handle(event, now_s=self.now_s):  # type: ignore[arg-type]
             assert not self.over, f"{order} after the end"
             self.carry_out(order)
-        if self.gateway == "ready" and not self.over:
-            assert self.told == self.machine.serving
 
     def carry_out(self, order: Instruction) -> None:
         assert not (isinstance(order, GiveUp) and self.machine.ready), "gave up what serves"
@@ -338,13 +395,13 @@ class World:
             case SpawnProcess(process):
                 assert process not in self.processes
                 self.processes[process] = "spawning"
-            case AssignWorker(process, worker_id, incarnation):
+            case GiveProcess(worker_id, process):
                 assert self.agent == "ready"
                 assert self.processes[process] == "warm"
                 assert worker_id not in self.worker_of.values(), "two processes for one worker"
-                assert incarnation > self.incarnations[worker_id]
-                self.incarnations[worker_id] = incarnation
-                self.processes[process], self.worker_of[process] = "starting", worker_id
+                self.processes[process], self.worker_of[process] = "given", worker_id
+            case WorkerLost(worker_id):
+                self.without.append(worker_id)
             case AskProcess(process):
                 assert self.processes[process] == "serving"
                 assert process not in self.asked_at_s, "asked twice"
@@ -356,9 +413,6 @@ class World:
                 assert self.gateway == "absent"
                 assert generation > self.generation
                 self.gateway, self.generation = "starting", generation
-            case SetWorkers(workers):
-                assert self.gateway == "ready"
-                self.told = workers
             case Pause(component, delay_s):
                 assert 0 < delay_s <= 10
                 assert component not in self.pauses
@@ -377,13 +431,13 @@ class World:
         found += [AgentReady()] if self.agent == "starting" else []
         found += [GatewayReady(self.generation)] if self.gateway == "starting" else []
         found += [ProcessWarm(name) for name, phase in self.processes.items() if phase == "spawning"]
-        found += [WorkerReady(name, f"unix:/{name}") for name, phase in self.processes.items() if phase == "starting"]
+        found += [WorkerStarting(name) for name, phase in self.processes.items() if phase == "given"]
+        found += [WorkerServes(name) for name, phase in self.processes.items() if phase == "starting"]
         found += [Answered(name) for name in self.asked_at_s if name not in self.stopped]
         return found + ([Tick()] if self.stopped else [])
 
     def bad_events(self) -> list[object]:
-        found: list[object] = [ManagerLost("killed")] if self.agent == "ready" else []
-        found += [Died(AGENT, "killed")] if self.agent == "ready" else []
+        found: list[object] = [Died(AGENT, "killed")] if self.agent == "ready" else []
         found += [Failed(AGENT, "internal", "no", False)] if self.agent == "starting" else []
         found += [Died(GATEWAY, "killed")] if self.gateway == "ready" else []
         found += [Tick(), *(Stopped(name) for name, phase in self.processes.items() if phase == "serving")]
@@ -399,23 +453,26 @@ class World:
             case AgentReady():
                 self.agent = "ready"
             case GatewayReady():
-                self.gateway, self.told = "ready", ()
+                self.gateway = "ready"
             case ProcessWarm(process):
                 self.processes[process] = "warm"
-            case WorkerReady(process, _):
+            case WorkerStarting(process):
+                self.processes[process] = "starting"
+            case WorkerServes(process):
                 self.processes[process] = "serving"
             case Stopped(process):
                 self.stopped.add(process)
                 return
             case Answered(process):
                 del self.asked_at_s[process]
-            case ManagerLost() | Died("agent") | Failed("agent"):
+            case Died("agent") | Failed("agent"):
                 self.agent = "absent"
             case Died("gateway"):
                 self.gateway = "absent"
             case Died(process) | Failed(process):
                 self.forget(process)
         self.send(event)
+        self.want()
 
 
 @settings(max_examples=150, deadline=None)
