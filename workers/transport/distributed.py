@@ -8,9 +8,9 @@ gone is known by name. What can still go wrong inside of a collective ends by it
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -168,17 +168,34 @@ class GlooGroup:
         options._threads = 1
         self._options = dist.AllToAllOptions()
         self._options.timeout = timedelta(seconds=step_timeout_s)
+        self._ended = threading.Event()  # the collective, or this group
+        self._aborted = False
+        self._left_running = False
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, options)
 
     def all_to_all(self, output: Tensor, inputs: Tensor, output_sizes: list[int], input_sizes: list[int]) -> None:
-        self._group.alltoall_base(output, inputs, output_sizes, input_sizes, self._options).wait()
+        self._ended.clear()
+        work = self._group.alltoall_base(output, inputs, output_sizes, input_sizes, self._options)
+        work.get_future().add_done_callback(lambda _: self._ended.set())
+        if not self._aborted:
+            self._ended.wait()
+        if self._aborted:
+            self._left_running = True
+            raise RuntimeError("the group was closed")
+        work.wait()
 
     def abort(self) -> None:
-        with contextlib.suppress(RuntimeError, AttributeError):
-            self._group.abort()
+        """gloo ends a collective by its deadline only, so this ends the wait for it."""
+        self._aborted = True
+        self._ended.set()
 
     def close(self) -> None:
-        self._group = None  # its destructor waits for its threads
+        last = [self._group]
+        self._group = None
+        if (
+            self._left_running
+        ):  # its destructor waits for the collective's deadline: in a thread where nobody waits for that
+            threading.Thread(target=last.clear, name="gloo-closing", daemon=True).start()
 
 
 def _host(epoch: Epoch, rank: int) -> str:

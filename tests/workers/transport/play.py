@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,15 +40,16 @@ class Player:
     def __init__(self) -> None:
         self.listener: transports.ExchangeListener | None = None
         self.transports: dict[str, transports.Transport] = {}
-        self.held: list[torch.Tensor] = []
+        self.device = torch.device("cpu")
+        self.is_held, self.released = threading.Event(), threading.Event()
 
     def listen(self, address: str, token: str = TOKEN) -> str:
         self.listener = transports.ExchangeListener(address, token=token)
         return self.listener.address
 
     def connect(
-        self, name: str, kind: str, epoch: bytes, rank: int, *, token: str = TOKEN, step_timeout_s: float = 20.0,
-        connect_timeout_s: float = 30.0, capacity_bytes: int = CAPACITY_BYTES, device: str = "cpu",
+        self, name: str, kind: str, epoch: bytes, rank: int, device: str = "cpu", *, token: str = TOKEN, step_timeout_s: float = 20.0,
+        connect_timeout_s: float = 30.0, capacity_bytes: int = CAPACITY_BYTES,
     ) -> NotConnected | None:  # fmt: skip
         limits = {"token": token, "step_timeout_s": step_timeout_s, "connect_timeout_s": connect_timeout_s}
         decoded = epochs.decode(epoch)
@@ -59,6 +61,7 @@ class Player:
         except transports.ConnectError as error:
             return NotConnected(tuple(error.ranks), str(error))
         self.transports[name] = made
+        self.device = torch.device(device)
         return None
 
     def cancel(self, epoch_number: int) -> None:
@@ -77,7 +80,7 @@ class Player:
                 if isinstance(received, Missed):
                     return received
                 for got, expected in [*received, *before]:
-                    if not np.array_equal(got.numpy(), expected):
+                    if not np.array_equal(got.cpu().numpy(), expected):
                         raise AssertionError(f"step {step} phase {phase}: other bytes than were sent")
                 before = received
                 done += 1
@@ -85,7 +88,8 @@ class Player:
 
     def _exchange(self, transport, seed, step, phase, largest):
         parts = [
-            torch.from_numpy(content(seed, step, phase, transport.rank, to, largest)) for to in range(transport.size)
+            torch.from_numpy(content(seed, step, phase, transport.rank, to, largest)).to(self.device)
+            for to in range(transport.size)
         ]
         try:
             received = transport.exchange(step, phase, parts)
@@ -100,7 +104,7 @@ class Player:
 
     def exchange(self, name: str, step: int, phase: int, text: bytes = b"x") -> list[bytes] | Missed:
         transport = self.transports[name]
-        parts = [torch.tensor(list(text), dtype=torch.uint8) for _ in range(transport.size)]
+        parts = [torch.tensor(list(text), dtype=torch.uint8, device=self.device) for _ in range(transport.size)]
         try:
             received = transport.exchange(step, phase, parts)
         except transports.StepMissed as error:
@@ -130,6 +134,24 @@ class Player:
             self.close(name)
         if self.listener is not None:
             self.listener.close()
+
+    def hold(self, name: str) -> None:
+        """The next exchange stops between its doorbells and its collective, until `release`."""
+        group = self.transports[name]._group
+        collective = group.all_to_all
+
+        def held(*arguments) -> None:
+            self.is_held.set()
+            self.released.wait()
+            collective(*arguments)
+
+        group.all_to_all = held
+
+    def held(self) -> None:
+        self.is_held.wait()
+
+    def release(self) -> None:
+        self.released.set()
 
     def processor_seconds(self) -> float:
         return time.process_time()

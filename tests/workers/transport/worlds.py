@@ -133,7 +133,7 @@ def serve(connection: Connection) -> None:
 
 
 class World:
-    """Ranks of one kind of transport ("local", "mapped", "gloo"), in no epoch until `connect`."""
+    """Ranks of one kind of transport ("local", "mapped", "gloo", "nccl"), in no epoch until `connect`."""
 
     def __init__(self, kind: str, size: int, folder: Path) -> None:
         self.kind = kind
@@ -143,7 +143,7 @@ class World:
             self.addresses = self.everyone("listen", lambda rank: (self._address(folder, rank),))
 
     def _address(self, folder: Path, rank: int) -> str:
-        return f"unix:{folder}/{next(_numbers)}.{rank}" if self.kind == "mapped" else "tcp:127.0.0.1:0"
+        return f"unix:{folder}/{next(_numbers)}.{rank}" if self.kind in ("mapped", "nccl") else "tcp:127.0.0.1:0"
 
     def epoch(self, number: int | None = None) -> Epoch:
         members = tuple(
@@ -151,6 +151,9 @@ class World:
             for rank, address in enumerate(self.addresses)
         )
         return Epoch(number=next(_numbers) if number is None else number, members=members, holders=())
+
+    def device(self, rank: int) -> str:
+        return f"cuda:{rank}" if self.kind == "nccl" else "cpu"
 
     def connect(self, name: str = "t", **options) -> None:
         """A new epoch of all ranks, under `name` at each."""
@@ -160,7 +163,7 @@ class World:
                 each.player.transports[name] = group.transport(rank)
             return
         epoch = epochs.encode(self.epoch())
-        answers = self.everyone("connect", lambda rank: (name, self.kind, epoch, rank), **options)
+        answers = self.everyone("connect", lambda rank: (name, self.kind, epoch, rank, self.device(rank)), **options)
         assert answers == [None] * self.size
 
     def call(self, rank: int, operation: str, *arguments, **options) -> Future:
