@@ -203,8 +203,7 @@ class Engine:
             return False
         except Exception as error:
             self._fail(plan, error)
-            if self._group is not None:  # its peers wait for the rest of this step
-                self._group.close()
+            if self._group is not None:
                 self._break(error)
         else:
             if plan is not None:
@@ -306,9 +305,13 @@ class Engine:
         following.done.set_result(Flipped(last_step, time.monotonic() - began_s, tuple(released)))
 
     def _break(self, error: Exception) -> None:
-        """The group can step no more; requests are kept until the next epoch, which is entered at once."""
+        """The group can step no more; requests are kept until the next epoch, which is entered at once.
+
+        Closing lets peers that wait for this rank, or that are idle, know at once.
+        """
         group, self._group = self._group, None
         assert group is not None
+        group.close()
         self.paused = BROKEN
         if self._live and self._pause_began_s is None:
             self._pause_began_s = time.monotonic()

@@ -75,6 +75,14 @@ def happen(world: World, rng: Random) -> None:
             for name in world.workers.keys() - set(members):
                 world.workers.pop(name).stop()
             return
+        for (
+            name,
+            step,
+        ) in (
+            following.items()
+        ):  # so a worker forgets what it had prepared: whoever is in that epoch already sees it gone
+            if step.group is not None and name not in flipped:
+                step.group.close()
         following = world.make(members)
     elif kind < 0.3 and len(members) > 1:  # a death
         dead = rng.choice(members)
@@ -87,14 +95,14 @@ def happen(world: World, rng: Random) -> None:
     world.enter(following, order)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(16))
 def test_every_output_is_that_of_one_engine_whatever_happens(seed):
     run_story(Random(seed), events=8)
 
 
 @pytest.mark.slow
-def test_a_hundred_longer_stories():
-    for seed in range(1000, 1100):
+def test_longer_stories():
+    for seed in range(1000, 1040):
         run_story(Random(seed), events=20)
 
 
