@@ -214,7 +214,8 @@ def _place_row(owner: list[int], first: int, last: int, quota: Sequence[int], lo
         for group, rank in zip(pool, takers, strict=True):
             owner[group] = rank
         return
-    pool.sort(key=lambda group: (-loads[group], group))
+    pool.sort()
+    pool.sort(key=loads.__getitem__, reverse=True)
     missing = [share - len(groups) for share, groups in zip(quota, mine, strict=True)]
     heap = [(sum([loads[g] for g in mine[rank]]), rank) for rank, more in enumerate(missing) if more > 0]
     heapify(heap)
@@ -236,16 +237,24 @@ def _give(groups: list[int], number: int, loads: Sequence[float] | None, target:
         return given
     groups.sort(key=loads.__getitem__)
     weights = [loads[group] for group in groups]
-    surplus = sum(weights) - target
-    given = []
+    if 2 * number > len(groups):  # fewer stay than go: pick those
+        kept = _pick(groups, weights, len(groups) - number, target)
+        given, groups[:] = groups[:], kept
+        return given
+    return _pick(groups, weights, number, sum(weights) - target)
+
+
+def _pick(groups: list[int], weights: list[float], number: int, target: float) -> list[int]:
+    """Take `number` out of `groups` (ascending by weight) that weigh about `target` together."""
+    picked = []
     for left in range(number, 0, -1):
-        wanted = surplus / left
+        wanted = target / left
         at = bisect_left(weights, wanted)
         if at == len(weights) or (at > 0 and wanted - weights[at - 1] < weights[at] - wanted):
             at -= 1
-        surplus -= weights.pop(at)
-        given.append(groups.pop(at))
-    return given
+        target -= weights.pop(at)
+        picked.append(groups.pop(at))
+    return picked
 
 
 def _replicate(
@@ -293,22 +302,36 @@ def _fetches(
     chosen: Sequence[tuple[int, ...]], names: Sequence[str], holding: Mapping[str, Sequence[int]]
 ) -> dict[str, dict[str | None, list[int]]]:
     """What each member lacks, from the holder that has been asked for the least so far."""
-    sources: list[tuple[str, ...]] = [()] * len(chosen)
-    for worker in sorted(holding):
-        single = (worker,)
+    workers = sorted(holding)
+    first = [-1] * len(
+        chosen
+    )  # a holder of the group, as a position in `workers`; further ones, which are few, in `others`
+    others: dict[int, list[int]] = {}
+    for position, worker in enumerate(workers):
         for group in holding[worker]:
-            sources[group] = sources[group] + single if sources[group] else single
-    asked = dict.fromkeys(holding, 0)
-    fetches: dict[str, dict[str | None, list[int]]] = {}
+            if first[group] < 0:
+                first[group] = position
+            else:
+                others.setdefault(group, [first[group]]).append(position)
+    own = [workers.index(worker) if worker in holding else -2 for worker in names]
+    asked = [0] * len(workers)
+    wanted: list[dict[int, list[int]]] = [{} for _ in names]
     for group, ranks in enumerate(chosen):
-        there = sources[group]
+        there = others.get(group)
         for rank in ranks:
-            target = names[rank]
-            if target in there:
+            source = first[group]
+            if own[rank] == source or (there and own[rank] in there):
                 continue
-            source = None
             if there:
-                source = there[0] if len(there) == 1 else min(there, key=asked.__getitem__)
+                source = min(there, key=asked.__getitem__)
+            if source >= 0:
                 asked[source] += 1
-            fetches.setdefault(target, {}).setdefault(source, []).append(group)
-    return fetches
+            if source in wanted[rank]:
+                wanted[rank][source].append(group)
+            else:
+                wanted[rank][source] = [group]
+    return {
+        worker: {workers[source] if source >= 0 else None: groups for source, groups in lacking.items()}
+        for worker, lacking in zip(names, wanted, strict=True)
+        if lacking
+    }
