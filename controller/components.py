@@ -1,8 +1,7 @@
 """Carries out supervision's instructions with Ray actors and tells what came of it; `members` does so for the transitions.
 
 One method per instruction. Each returns at once and leaves a task behind; what happens later arrives as events at `send`, together with
-words for people at `tell`. An actor that was told to end is forgotten first, so its death is no event. An order that fails ends its
-component and is told as Failed: nothing half-made stays, and supervision never waits for what cannot come. Called by the controller only.
+words for people at `tell`. How actors are kept, watched and ended is in `actors`. Called by the controller only.
 """
 
 from __future__ import annotations
@@ -10,17 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from flexpert.controller import ray_cluster
 from flexpert.controller import transition_types as t
+from flexpert.controller.actors import Actors, Tell
 from flexpert.controller.devices import DeviceFailed, Devices
 from flexpert.controller.gateway_actor import GatewayActor
 from flexpert.controller.members import Members
 from flexpert.controller.node_agent import NodeAgent
-from flexpert.controller.processes import ProcessId
 from flexpert.controller.ray_cluster import ActorGone
 from flexpert.controller.spec import ClusterSpec, device_of
 from flexpert.controller.supervision_types import (
@@ -28,9 +27,7 @@ from flexpert.controller.supervision_types import (
     GATEWAY,
     AgentReady,
     Answered,
-    Died,
     Event,
-    Failed,
     GatewayDrained,
     GatewayReady,
     ProcessFound,
@@ -47,8 +44,6 @@ STOP_TIMEOUT_S = 10.0
 DRAIN_GRACE_S = 5.0  # beyond the time in which the gateway itself ends what is left
 AGAIN_S = 0.5
 
-Tell = Callable[..., None]
-
 
 @dataclass(frozen=True, slots=True)
 class ShapeKnown:
@@ -63,8 +58,8 @@ class ShapeFailed:
     reason: str
 
 
-class Components:
-    """send: where events go. tell(kind, text, **details): where words go."""
+class Components(Actors):
+    """send: where events go. tell(kind, text, **details): where words go. shape, managers: what an earlier controller knew."""
 
     def __init__(
         self,
@@ -75,14 +70,11 @@ class Components:
         shape: Mapping[str, int],
         managers: Mapping[str, int],
     ) -> None:
+        super().__init__(send=send, tell=tell, on_kill=lambda component: self.members.unfollow(component))
         self.spec = spec
         self.port = spec.port
-        self._send, self._tell = send, tell
+        self._send = send
         self._shape_known = bool(shape)
-        self._actors: dict[str, Any] = {}  # component (agent, gateway, process name) -> actor
-        self._pids: dict[str, ProcessId] = {}  # of worker processes: one that is stopped ends by its pid at once
-        self._orders: dict[str, Coroutine[Any, Any, None]] = {}  # component -> the order that is being carried out
-        self._tasks: set[asyncio.Task[None]] = set()
         self._telling_workers = asyncio.Lock()
         self._needed_devices: set[str] = set()
         self.devices = Devices(
@@ -144,7 +136,7 @@ class Components:
         self._order(order.process, self._spawn_process(order.process, order.urgent))
 
     async def _spawn_process(self, name: str, urgent: bool) -> None:
-        environment = worker_environment(threads=self.spec.threads)
+        environment = worker_environment(threads=self.spec.worker_threads)
         arguments = {"environment": environment, "process": self.spec.worker_process, **self._log(name)}
         actor = ray_cluster.create_actor(WorkerActor, self._name(name), arguments)
         self._keep(name, actor)
@@ -223,16 +215,6 @@ class Components:
                     for worker in publish.serving
                 ]
                 await ray_cluster.call(self._actors[GATEWAY], "set_workers", told)
-
-    def kill(self, component: str) -> None:
-        """End a component's process at once; its death is no event any more."""
-        self.members.unfollow(component)
-        actor, process = self._actors.pop(component, None), self._pids.pop(component, None)
-        self._orders.pop(component, None)
-        if process is not None:
-            process.signal(signal.SIGKILL)
-        if actor is not None:
-            ray_cluster.kill_actor(actor)
 
     def ask_process(self, name: str) -> None:
         """Whether a worker's process still answers; `Answered` comes when it does, and never where it does not."""
@@ -365,89 +347,13 @@ class Components:
         if load is not None:
             self._send(t.LoadMeasured(load))
 
-    # Plumbing
+    # Names
 
     def _name(self, component: str) -> str:
         return f"{self.spec.name}:{component}"
 
     def _log(self, component: str) -> dict[str, str]:
         return {"log_path": str(self.spec.runtime.logs / f"{component}.log"), "log_level": self.spec.log_level}
-
-    def _keep(self, component: str, actor: Any) -> None:
-        self._actors[component] = actor
-        self._background(self._watch(component, actor))
-
-    async def _watch(self, component: str, actor: Any) -> None:
-        """Report the death of an actor that is still ours."""
-        try:
-            await ray_cluster.call(actor, "wait_closed")
-        except Exception as error:
-            self._lost(component, actor, str(error))
-
-    def _lost(self, component: str, actor: Any, reason: str) -> None:
-        """End it before it is forgotten: Ray may only have lost sight of it, and one that lives keeps its port and its memory."""
-        if self._actors.get(component) is actor:
-            self.kill(component)
-            self._tell("died", f"{component}: {reason}", component=component)
-            self._send(Died(component, reason))
-
-    def _note_pid(self, component: str, pid: int) -> None:
-        process = ProcessId.of(pid, component)
-        if process is not None:
-            self._pids[component] = process
-
-    def _refused(self, component: str, answer: dict[str, Any]) -> bool:
-        """Whether the component answered that it cannot start; then it is ended and reported."""
-        failure = answer.get("failure")
-        if failure is None:
-            return False
-        self._tell(
-            "failed",
-            f"{component} did not start: {failure['message']}",
-            component=component,
-            failure_kind=failure["kind"],
-        )
-        self.kill(component)
-        self._send(Failed(component, failure["kind"], failure["message"], failure["permanent"]))
-        return True
-
-    def _order(self, component: str, work: Coroutine[Any, Any, None]) -> None:
-        self._orders[component] = work
-        self._background(self._carry_out(component, work))
-
-    async def _carry_out(self, component: str, work: Coroutine[Any, Any, None]) -> None:
-        """See an order to its end. A failure is told unless the component was ended meanwhile: then it is no news, or told already."""
-        try:
-            await work
-        except ActorGone as error:
-            if self._orders.get(component) is work:
-                self._lost(component, self._actors.get(component), str(error))
-        except Exception as error:
-            log.exception("an order to %s failed", component)
-            if self._orders.get(component) is work:
-                self.kill(component)
-                reason = f"{type(error).__name__}: {error}"
-                self._tell(
-                    "failed", f"{component} did not start: {reason}", component=component, failure_kind="internal"
-                )
-                self._send(Failed(component, "internal", reason, False))
-        finally:
-            if self._orders.get(component) is work:
-                del self._orders[component]
-
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(self._shielded(work))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _shielded(self, work: Coroutine[Any, Any, None]) -> None:
-        """For what is no order: a death in the middle of a call is reported by _watch, anything else is written down."""
-        try:
-            await work
-        except ActorGone as error:
-            log.info("%r ended: %s", work, error)
-        except Exception:
-            log.exception("%r failed", work)
 
 
 def worker_of(device: str) -> str:

@@ -92,7 +92,7 @@ class Members:
             "max_batch_tokens": spec.max_batch_tokens,
             "max_context_tokens": spec.max_context_tokens,
             "kv_bytes": spec.kv_bytes,
-            "threads": spec.threads,
+            "threads": spec.worker_threads,
             "epoch": encode(order.draft),
             "exchange_address": f"unix:{exchange}",
             "sources": _sources(order.sources),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from flexpert.controller import actors as actors_module
 from flexpert.controller import components as module
 from flexpert.controller import members as members_module
 from flexpert.controller import transition_types as t
@@ -77,6 +78,7 @@ def make(
     ray: PlayedRay = PlayedRay(answers)
     monkeypatch.setattr(module, "ray_cluster", ray)
     monkeypatch.setattr(members_module, "ray_cluster", ray)
+    monkeypatch.setattr(actors_module, "ray_cluster", ray)
     queue: asyncio.Queue[Event] = asyncio.Queue()
     spec = ClusterSpec(
         name="default", runtime_path=Path("/r/default"), model_dir=Path("/model"), model_id="m", device="cpu", dtype=None,
