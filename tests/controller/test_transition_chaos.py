@@ -12,7 +12,6 @@ from flexpert.controller.transition_types import Event, MemberDied, ProcessReady
 
 from .transition_world import Answered, Stops, World, config
 
-
 STEPS = 60
 
 

@@ -1,4 +1,4 @@
-"""A small model of the cluster that carries out the instructions of the transitions, checks each of them, and offers what could come next."""
+"""A small model of the cluster: it carries out the instructions of the transitions, checks each, and offers what could come next."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from flexpert.controller.transition_types import (
     StartWorker,
     TransitionConfig,
     Trouble,
-    WorkerStarted,
     Withdraw,
+    WorkerStarted,
 )
 
 MODEL = ModelShape(layers=2, experts=8, slab_bytes=10, dense_bytes=50, kv_min_bytes=50)
@@ -248,7 +248,7 @@ class World:
                 self.next_process += 1
                 self.processes.setdefault(name, Process(worker))
                 return ProcessReady(worker, name)
-            case StartWorker(worker, name, incarnation):
+            case StartWorker(worker, name):
                 self.processes[name].started = True
                 return WorkerStarted(worker, name, f"x:{name}", f"s:{name}", f"m:{worker}")
             case Prepare(worker, name, epoch):
