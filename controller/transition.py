@@ -24,6 +24,7 @@ from typing import Any
 
 from flexpert.controller.transition_course import Course
 from flexpert.controller.transition_losses import Losses
+from flexpert.controller.transition_progress import Progress
 from flexpert.controller.transition_requests import Refusal, choose
 from flexpert.controller.transition_state import State, Transition, from_journal, to_journal
 from flexpert.controller.transition_types import (
@@ -42,7 +43,6 @@ from flexpert.controller.transition_types import (
     Moved,
     Prepared,
     ProcessReady,
-    Progress,
     Release,
     Released,
     Request,

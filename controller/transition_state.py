@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 
 from flexpert.controller.planner import Holders
-from flexpert.controller.transition_types import MemberProgress, Progress, Serving, Source
+from flexpert.controller.transition_progress import MemberProgress, Progress
+from flexpert.controller.transition_types import Serving, Source
 from flexpert.workers.epoch import Epoch
 
 FORMAT = 1
