@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import os
 import sys
 import threading
@@ -140,3 +141,74 @@ def test_process_log_takes_prints_and_rotates(tmp_path: Path) -> None:
     assert "from a library" in text
     assert path.with_name("x.log.1").exists()
     assert path.stat().st_mode & 0o077 == 0
+
+
+class PlayedMember(PlayedProcess):
+    """Answers the steps of a transition."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        super().__init__(config)
+        self.trouble: concurrent.futures.Future[Trouble] = concurrent.futures.Future()
+
+    def prepare(self, epoch: bytes, sources: list[Any], deadline_s: float) -> dict[str, Any]:
+        if epoch == b"bad":
+            raise BudgetError("no granules")
+        return {"moved_bytes": len(epoch), "loaded_bytes": 0, "seconds": {}}
+
+    def commit(self, number: int, deadline_s: float) -> dict[str, Any]:
+        return {"pause_s": 0.0, "step": 4, "released": []}
+
+    def release(self) -> dict[str, Any]:
+        self.stopped = True
+        return {"freed_bytes": 3}
+
+    def wait_trouble(self) -> concurrent.futures.Future[Trouble]:
+        return self.trouble
+
+    def expert_load(self) -> list[list[int]]:
+        return [[1, 2]]
+
+
+@dataclass
+class Trouble:
+    epoch: int
+    step: int
+    suspects: tuple[str, ...]
+    reason: str
+
+
+@pytest.fixture
+def member(played: WorkerActor) -> WorkerActor:
+    sys.modules["played_process"].PlayedProcess = PlayedMember  # type: ignore[attr-defined]
+    return played
+
+
+async def test_steps_of_a_transition_reach_the_worker(member: WorkerActor) -> None:
+    assert "start it first" in (await member.prepare(b"epoch", [], 1.0))["failure"]["message"]
+    await member.start({"worker_id": "worker-0", "incarnation": 1})
+    assert (await member.prepare(b"epoch", [("/socket", (0,))], 1.0))["moved_bytes"] == 5
+    assert (await member.commit(1, 1.0))["step"] == 4
+    assert await member.expert_load() == [[1, 2]]
+
+
+async def test_step_that_fails_answers_with_the_failure(member: WorkerActor) -> None:
+    await member.start({"worker_id": "worker-0", "incarnation": 1})
+    answer = await member.prepare(b"bad", [], 1.0)
+    assert answer == {"failure": {"kind": "memory", "message": "no granules", "permanent": True}}
+
+
+async def test_trouble_is_awaited_until_it_comes(member: WorkerActor) -> None:
+    await member.start({"worker_id": "worker-0", "incarnation": 1})
+    waiting = asyncio.create_task(member.wait_trouble())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    member._worker.trouble.set_result(Trouble(3, 7, ("worker-1",), "missed"))
+    assert await asyncio.wait_for(waiting, 10) == {"epoch": 3, "step": 7, "suspects": ("worker-1",), "reason": "missed"}
+
+
+async def test_released_worker_is_a_warm_process_that_can_start_again(member: WorkerActor) -> None:
+    await member.start({"worker_id": "worker-0", "incarnation": 1})
+    assert await member.release() == {"freed_bytes": 3}
+    assert await member.status() is None
+    assert await member.release() == {"freed_bytes": 0}
+    assert (await member.start({"worker_id": "worker-3", "incarnation": 1}))["worker_id"] == "worker-3"
