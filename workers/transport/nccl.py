@@ -37,6 +37,7 @@ class NcclGroup:
         options._timeout = _NEVER
         self._step_timeout_s = step_timeout_s
         self._doorbells = doorbells
+        self._device = device
         self._busy_since: float | None = None
         self._aborted = False
         self._lock = threading.Lock()
@@ -52,7 +53,7 @@ class NcclGroup:
         self._busy_since = time.monotonic()
         try:
             self._group.alltoall_base(output, inputs, output_sizes, input_sizes).wait()
-            self._done.record()
+            self._done.record(torch.cuda.current_stream(self._device))
             self._done.synchronize()
         finally:
             self._busy_since = None

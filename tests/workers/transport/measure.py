@@ -1,6 +1,6 @@
 """What an exchange costs: ranks as processes, each with one part of the given size for every rank. Prints the median and the tail.
 
-Run by hand: `python tests/workers/transport/measure.py --ranks 4 --part-bytes 16384 [--transport gloo]`.
+Run by hand: `python tests/workers/transport/measure.py --ranks 4 --part-bytes 16384 [--transport gloo|nccl]`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from flexpert.workers.epoch import Epoch, Member
 def run_rank(arguments: argparse.Namespace, rank: int, folder: str, parent: Connection) -> None:
     """Listen, learn where the others do, connect, exchange; answers with the seconds of an exchange, one number for each step."""
     torch.set_num_threads(1)
+    device = (
+        torch.device("cuda", rank % torch.cuda.device_count()) if arguments.transport == "nccl" else torch.device("cpu")
+    )
     address = f"unix:{folder}/{rank}" if arguments.transport == "mapped" else "tcp:127.0.0.1:0"
     listener = transports.ExchangeListener(address, token="measure")
     parent.send(listener.address)
@@ -34,8 +37,8 @@ def run_rank(arguments: argparse.Namespace, rank: int, folder: str, parent: Conn
     if arguments.transport == "mapped":
         transport = transports.connect_mapped(epoch, rank, listener, capacity_bytes=64 << 20, **limits)
     else:
-        transport = transports.connect_distributed(epoch, rank, listener, torch.device("cpu"), **limits)
-    parts = [torch.zeros(arguments.part_bytes, dtype=torch.uint8) for _ in members]
+        transport = transports.connect_distributed(epoch, rank, listener, device, **limits)
+    parts = [torch.zeros(arguments.part_bytes, dtype=torch.uint8, device=device) for _ in members]
     seconds = []
     for step in range(arguments.steps):
         begun = time.perf_counter()
@@ -50,7 +53,7 @@ def run_rank(arguments: argparse.Namespace, rank: int, folder: str, parent: Conn
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--transport", choices=("mapped", "gloo"), default="mapped")
+    parser.add_argument("--transport", choices=("mapped", "gloo", "nccl"), default="mapped")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--part-bytes", type=int, default=16384)
     parser.add_argument("--steps", type=int, default=300)

@@ -34,6 +34,14 @@ class NotConnected:
     message: str
 
 
+def share_device(rank: int) -> str:
+    """The CUDA device of a rank. Where there are fewer than ranks, NCCL is made to believe that each rank is a host of its own."""
+    num_devices = torch.cuda.device_count()
+    if rank >= num_devices or num_devices == 1:
+        os.environ.update(NCCL_HOSTID=f"rank-{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+    return f"cuda:{rank % num_devices}"
+
+
 class Player:
     """One rank: its listener, and a transport for each name it was given."""
 
@@ -48,20 +56,20 @@ class Player:
         return self.listener.address
 
     def connect(
-        self, name: str, kind: str, epoch: bytes, rank: int, device: str = "cpu", *, token: str = TOKEN, step_timeout_s: float = 20.0,
+        self, name: str, kind: str, epoch: bytes, rank: int, *, token: str = TOKEN, step_timeout_s: float = 20.0,
         connect_timeout_s: float = 30.0, capacity_bytes: int = CAPACITY_BYTES,
     ) -> NotConnected | None:  # fmt: skip
+        self.device = torch.device(share_device(rank) if kind == "nccl" else "cpu")
         limits = {"token": token, "step_timeout_s": step_timeout_s, "connect_timeout_s": connect_timeout_s}
         decoded = epochs.decode(epoch)
         try:
             if kind == "mapped":
                 made = transports.connect_mapped(decoded, rank, self.listener, capacity_bytes=capacity_bytes, **limits)
             else:
-                made = transports.connect_distributed(decoded, rank, self.listener, torch.device(device), **limits)
+                made = transports.connect_distributed(decoded, rank, self.listener, self.device, **limits)
         except transports.ConnectError as error:
             return NotConnected(tuple(error.ranks), str(error))
         self.transports[name] = made
-        self.device = torch.device(device)
         return None
 
     def cancel(self, epoch_number: int) -> None:

@@ -1,4 +1,4 @@
-"""The distributed transport within its collectives: two ranks over gloo, and over NCCL with a GPU each."""
+"""The distributed transport within its collectives: two ranks over gloo, and over NCCL."""
 
 from __future__ import annotations
 
@@ -7,21 +7,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 import pytest
-import torch
 
 from .play import Missed
 from .worlds import TIMEOUT_S, World
 
-NCCL = pytest.param(
-    "nccl",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
-    ],
-)
 
-
-@pytest.fixture(params=["gloo", NCCL])
+@pytest.fixture(params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
 def pair(request: pytest.FixtureRequest, make_world: Callable[[str, int], World]) -> World:
     return make_world(request.param, 2)
 

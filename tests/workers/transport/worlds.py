@@ -152,9 +152,6 @@ class World:
         )
         return Epoch(number=next(_numbers) if number is None else number, members=members, holders=())
 
-    def device(self, rank: int) -> str:
-        return f"cuda:{rank}" if self.kind == "nccl" else "cpu"
-
     def connect(self, name: str = "t", **options) -> None:
         """A new epoch of all ranks, under `name` at each."""
         if self.kind == "local":
@@ -163,7 +160,7 @@ class World:
                 each.player.transports[name] = group.transport(rank)
             return
         epoch = epochs.encode(self.epoch())
-        answers = self.everyone("connect", lambda rank: (name, self.kind, epoch, rank, self.device(rank)), **options)
+        answers = self.everyone("connect", lambda rank: (name, self.kind, epoch, rank), **options)
         assert answers == [None] * self.size
 
     def call(self, rank: int, operation: str, *arguments, **options) -> Future:
