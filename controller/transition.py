@@ -244,6 +244,8 @@ class Transitions:
         self.course.note("manager_died", f"the HBM manager of {worker} died: {reason}", worker=worker)
         if process:
             self.losses.kill(worker, process, f"its HBM manager died: {reason}")
+        if self.state.running and self.state.running.phase == "start":
+            self.course.replan(self.state.running)  # nobody reads there
 
     def _expired(self, deadline_id: str) -> None:
         state, running = self.state, self.state.running

@@ -61,7 +61,6 @@ class Losses:
             return
         part.role, part.live, part.gone, part.attempts = "joins", None, False, part.attempts + 1
         part.next("process")
-        self.course.replan(running)  # its manager may be lost, too
         hopeless = permanent or part.attempts >= self.config.max_attempts
         if hopeless and (running.kind == "boot" or not self.leave_out(running, [worker], reason, for_good=True)):
             if running.kind == "boot":

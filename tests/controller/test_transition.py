@@ -310,6 +310,19 @@ def test_a_lost_manager_ends_its_worker_and_the_replacement_reloads_its_share() 
     assert world.machine.healthy
 
 
+def test_nobody_is_sent_to_a_manager_that_died_since_the_plan_was_made() -> None:
+    world = serving(3)
+    for worker in ("worker-1", "worker-2"):
+        world.happen(Dies(process_of(world, worker)))
+    world.answer(orders(world, GiveProcess)["worker-2"])
+    world.send(Expired(world.deadline))
+    assert "left out" in [member.role for member in world.machine.progress().members]
+    world.happen(ManagerDied("worker-1", "killed"))
+    answer_all(world, StartWorker)
+    sources = [source.worker_id for order in orders(world, Prepare).values() for source in order.sources]
+    assert orders(world, Prepare) and "worker-1" not in sources
+
+
 def test_suspects_are_killed_and_replaced() -> None:
     world = serving(3)
     suspect = process_of(world, "worker-2")

@@ -81,6 +81,7 @@ class World:
         self.answers: dict[str, Answer] = {}
         self.finished: dict[str, Finished] = {}
         self.story: list[str] = []
+        self.restarting = False
         self.sent: list[Instruction] = []
         self.next_process = 0
         self.number = 0
@@ -119,7 +120,9 @@ class World:
         self.machine = Transitions.restore(self.config, journal)
         assert json.loads(json.dumps(self.machine.snapshot())) == journal
         found = tuple((process.worker, name) for name, process in self.processes.items() if process.worker)
+        self.restarting = True
         self.send(Resumed(found))
+        self.restarting = False
 
     # Instructions come out
 
@@ -166,7 +169,10 @@ class World:
                     [self.processes[name].incarnation],
                 )
                 for source in sources:
-                    assert set(source.groups) <= self.contents[source.worker_id] or self.lost(source.worker_id)
+                    if self.lost(source.worker_id):  # known too late: since then only a restarted controller asks again
+                        assert self.restarting, "a lost manager is to be read"
+                    else:
+                        assert set(source.groups) <= self.contents[source.worker_id]
                     assert source.worker_id != worker
             case Commit(_, name, number, _):
                 process = self.processes[name]
