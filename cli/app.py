@@ -112,6 +112,9 @@ def up(
             min=1, help="How far it may be scaled. [default: the GPUs there are; on the CPU 4, or more with --workers]"
         ),
     ] = None,
+    share_gpus: Annotated[
+        bool, typer.Option("--share-gpus", help="With more workers than GPUs: several on one. To try things out.")
+    ] = False,
     name: Name = "default",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error; the logs: flexpert logs.")] = "info",
     drain_timeout: Annotated[
@@ -155,6 +158,7 @@ def up(
             workers=workers,
             standbys=standby,
             max_workers=max_workers,
+            share_gpus=share_gpus,
             log_level=_one_of("--log-level", log_level, ("debug", "info", "warning", "error")),
             drain_timeout_s=drain_timeout,
         )

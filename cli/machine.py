@@ -61,10 +61,10 @@ def gpus() -> int:
     return len([path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)])
 
 
-def most_workers(device: str, *, workers: int, asked: int | None) -> int:
+def most_workers(device: str, *, workers: int, asked: int | None, share_gpus: bool = False) -> int:
     """How many devices the cluster may use: the GPUs there are, or as many on the CPU as were asked for. Raises CommandError."""
     most = asked if asked is not None else gpus() if device == "cuda" else max(CPU_WORKERS, workers)
-    if device == "cuda" and max(most, workers) > gpus():
+    if device == "cuda" and max(most, workers) > gpus() and not share_gpus:
         option = f"--workers {workers}" if workers >= most else f"--max-workers {most}"
         raise CommandError(
             "device", f"{option}: found {gpus()} GPUs on this machine, each worker needs one; give at most that many"

@@ -48,6 +48,7 @@ ANSWER_S = 2.0  # then it is looked whether Ray still runs
 CONTROLLER_RESTART_S = 30.0
 END_GRACE_S = 3.0
 SAME_SIGNAL_S = 0.5
+GPU_STEP_TIMEOUT_S = 10.0  # a rank's first steps there load kernels
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -72,6 +73,7 @@ class UpOptions:
     workers: int = 1
     standbys: int = 1
     max_workers: int | None = None
+    share_gpus: bool = False
     log_level: str = "info"
     drain_timeout_s: float = 30.0
 
@@ -128,10 +130,17 @@ class _Up:
     def _make_spec(self) -> ClusterSpec:
         options = self._options
         device = machine.resolve_device(options.device)
-        max_workers = machine.most_workers(device, workers=options.workers, asked=options.max_workers)
+        max_workers = machine.most_workers(
+            device, workers=options.workers, asked=options.max_workers, share_gpus=options.share_gpus
+        )
+        if options.share_gpus and options.kv_bytes is None:
+            raise CommandError(
+                "usage",
+                "--share-gpus: a worker takes for KV what is free of its GPU; say with --kv-memory how much each may",
+            )
         _check_port(options.host, options.port)
         if options.memory_bytes is not None:
-            machine.check_memory(options.memory_bytes * (options.workers if device == "cpu" else 1))
+            machine.check_memory(options.memory_bytes * options.workers)
         memory_bytes = options.memory_bytes or machine.default_memory_bytes(options.workers)
         if options.kv_bytes is not None and options.kv_bytes >= memory_bytes:
             raise CommandError(
@@ -170,7 +179,8 @@ class _Up:
             max_workers=max_workers,
             threads=machine.cores(),
             drain_timeout_s=options.drain_timeout_s,
-            num_gpus=max_workers if device == "cuda" else 0,
+            num_gpus=min(max_workers, machine.gpus()) if device == "cuda" else 0,
+            step_timeout_s=GPU_STEP_TIMEOUT_S if device == "cuda" else ClusterSpec.step_timeout_s,
         )
 
     def _start_ray(self) -> None:

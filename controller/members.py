@@ -85,7 +85,7 @@ class Members:
             "model_id": spec.model_id,
             "cluster_token": spec.cluster_token,
             "address": f"unix:{socket}",
-            "device": spec.device,
+            "device": spec.torch_device(order.worker_id),
             "dtype": spec.dtype,
             "manager_socket": self._socket(device_of(order.worker_id)),
             "max_running": spec.max_running,
@@ -97,6 +97,7 @@ class Members:
             "exchange_address": f"unix:{exchange}",
             "sources": _sources(order.sources),
             "step_timeout_s": spec.step_timeout_s,
+            "transport": spec.transport,
         }
 
     def prepare(self, order: t.Prepare) -> None:

@@ -20,7 +20,8 @@ class ClusterSpec:
 
     cluster_token: what gateways show to workers. api_keys: empty lets everyone in. admin_keys: empty lets nobody use
     the admin API. port 0 lets the kernel choose. step_timeout_s: after which the ranks of an epoch drop a step that one of them misses.
-    worker_process: the class that a worker's actor runs, "module:Class".
+    worker_process: the class that a worker's actor runs, "module:Class". num_gpus: those of the node that the cluster uses; with fewer than
+    max_workers, workers share them. transport: how workers exchange tokens, see workers.worker_config.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ClusterSpec:
     admin_keys: tuple[str, ...] = ()
     step_timeout_s: float = 2.0
     worker_process: str = WORKER_PROCESS
+    transport: str = "auto"
 
     def __post_init__(self) -> None:
         if not 1 <= self.workers <= self.max_workers:
@@ -66,6 +68,12 @@ class ClusterSpec:
     def worker_ids(self) -> tuple[str, ...]:
         """All names that a worker may have, by device: worker-i runs on device-i."""
         return tuple(f"worker-{number}" for number in range(self.max_workers))
+
+    def torch_device(self, worker_id: str) -> str:
+        """Where a worker computes, as torch names it: each on the GPU of its number."""
+        if self.device != "cuda":
+            return self.device
+        return f"cuda:{int(worker_id.rpartition('-')[2]) % max(1, self.num_gpus)}"
 
     @property
     def runtime(self) -> RuntimeDir:

@@ -39,6 +39,8 @@ from flexpert.workers.transport import ExchangeListener, Transport, connect_dist
 from flexpert.workers.weights import drop_leftovers, weights_key
 from flexpert.workers.worker_config import WorkerConfig, WorkerStartError
 
+TRANSPORTS = ("auto", "mapped", "distributed")
+
 
 @dataclass
 class StartTimes:
@@ -123,7 +125,10 @@ def _assemble(
     if client is None or config.device != "cpu":
         weights.fetch([DENSE, *names], config.sources, on_progress)
         times.mark("weights")
-        kv.open_private()
+        # Between prepare and retire the experts of two epochs are on the device, each time at most all.
+        group_bytes = layout.group_bytes
+        to_come_bytes = 0 if draft is None else (2 * layout.groups - len(names)) * group_bytes
+        kv.open_private(to_come_bytes=to_come_bytes)
         scheduler = _scheduler(config, servable, kv)
     else:
         scheduler = _fill_device(config, servable, client, weights, layout, names, kv, on_progress)
@@ -264,12 +269,21 @@ def _scheduler(config: WorkerConfig, servable: ServableModel, kv: KvSpace) -> Sc
 
 
 def _connector(config: WorkerConfig, servable: ServableModel, listener: ExchangeListener) -> Connect:
-    """Mapped memory where all ranks are on this host's CPU, torch.distributed elsewhere."""
+    """Mapped memory where all ranks are on this host's CPU, torch.distributed elsewhere, unless the config says which."""
+    if config.transport not in TRANSPORTS or (config.transport == "mapped" and config.device != "cpu"):
+        raise WorkerStartError(
+            f"transport {config.transport} on device {config.device}: expected one of {', '.join(TRANSPORTS)}, and mapped only on the CPU"
+        )
     most_bytes = capacity_bytes(servable, config.dtype_name, max_batch_tokens=config.batch_tokens)
     device = torch.device(config.device)
 
     def connect(epoch: Epoch, rank: int, timeout_s: float) -> Transport:
-        if device.type != "cpu" or not all(member.exchange_address.startswith("unix:") for member in epoch.members):
+        on_this_host = all(member.exchange_address.startswith("unix:") for member in epoch.members)
+        if (
+            config.transport == "distributed"
+            or device.type != "cpu"
+            or not (on_this_host or config.transport == "mapped")
+        ):
             return connect_distributed(
                 epoch,
                 rank,

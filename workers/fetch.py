@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flexpert.hbm import BudgetError, HbmClient, HbmError, LoadPlan, MappedWeights
 from flexpert.hbm.loading import peer_plan
+from flexpert.workers.devices import copy_to
 from flexpert.workers.memory import bytes_at
 from flexpert.workers.model import (
     DENSE,
@@ -166,7 +167,7 @@ class ManagedWeights:
         memory = bytes_at(mapped.address, mapped.nbytes)
         if self._device.type == "cpu":
             return HeldExperts(memory, mapped)
-        copied = memory.to(self._device)
+        copied = copy_to(memory, self._device)
         del memory
         mapped.close()
         return HeldExperts(copied)

@@ -93,13 +93,15 @@ class KvSpace:
         self._arena = ArenaMemory(arena, slots=self._slots, slot_bytes=arena.slot_bytes, token_bytes=self._token_bytes)
         self.memory, self.books = self._arena, KvBooks(geometry, arena.granules)
 
-    def open_private(self) -> None:
+    def open_private(self, *, to_come_bytes: int = 0) -> None:
+        """to_come_bytes: what the epochs to come may need on the device at once beside what is there, where there is room for it."""
         slot_bytes = self._max_context_tokens * self._token_bytes
         device, slots = torch.device(self._config.device), self._slots
         if self._config.kv_bytes is not None:
             slots = min(slots, self._config.kv_bytes // slot_bytes)
         elif device.type == "cuda":
-            slots = min(slots, int(torch.cuda.mem_get_info(device)[0] * 0.8) // slot_bytes)
+            free_bytes = torch.cuda.mem_get_info(device)[0]
+            slots = min(slots, int((free_bytes - min(to_come_bytes, free_bytes // 2)) * 0.8) // slot_bytes)
         self._require(slots * slot_bytes, slot_bytes)
         geometry = KvGeometry(
             slots=slots,

@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from flexpert.workers.devices import give_back_unused
 from flexpert.workers.engine import Engine
 from flexpert.workers.ep import EpochExperts, ExpertExchange
 from flexpert.workers.epoch import Epoch
@@ -269,6 +270,8 @@ class Membership:
     def _let_go(self) -> int:
         for former in self._former:
             former.close()
+        if self._former:
+            self._between(lambda: give_back_unused(self._bound.device))
         self._former = []
         kept = self._names_in_use()
         freed_bytes = self._weights.drop([name for name in self._expert_segments() if name not in kept])

@@ -6,6 +6,7 @@ the tests use it alike; it knows nothing of Ray.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -13,11 +14,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from flexpert.workers.assembly import Parts, StartTimes, assemble, discard
+from flexpert.workers.devices import check_device, give_back_unused, is_cuda, use_device
 from flexpert.workers.engine import Engine, Owner
 from flexpert.workers.epoch import decode
 from flexpert.workers.fetch import Progress, Source
@@ -33,6 +35,7 @@ __all__ = ["BROKEN_EXIT_CODE", "WorkerConfig", "WorkerProcess", "WorkerStartErro
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 BROKEN_EXIT_CODE = 70
 STEP_LIMIT_S = 120.0
 
@@ -40,11 +43,9 @@ STEP_LIMIT_S = 120.0
 def prepare(model_dir: Path, device: str) -> None:
     """What a worker can do before it is one: read the model's configuration, make the device's context. Raises as `start` does."""
     check_servable(model_dir)
-    if torch.device(device).type == "cuda":
-        if not torch.cuda.is_available():
-            raise WorkerStartError(
-                "device cuda: torch finds no CUDA device; install a CUDA build of torch and the driver, or use --device cpu"
-            )
+    if is_cuda(device):
+        if problem := check_device(device):
+            raise WorkerStartError(problem)
         torch.zeros(1, device=device)
 
 
@@ -66,7 +67,9 @@ class WorkerProcess:
 
     def start(self, on_progress: Progress | None = None) -> str:
         """Map or load the weights, open the KV arena, listen. Raises WorkerStartError, UnservableModelError, CheckpointError, HbmError."""
-        parts = self._parts = run_apart(
+        if problem := check_device(self.config.device):
+            raise WorkerStartError(problem)
+        parts = self._parts = self._apart(
             lambda: assemble(self.config, emit=self._deliver, times=self.times, on_progress=on_progress)
         )
         engine = parts.engine
@@ -98,6 +101,7 @@ class WorkerProcess:
     def _run_engine(self, engine: Engine) -> None:
         """A worker whose books cannot be trusted any more ends as if killed: its replacement maps what was committed."""
         try:
+            use_device(self.config.device)
             engine.run()
         except BaseException:
             log.critical("the engine cannot go on; this worker ends for a replacement", exc_info=True)
@@ -126,7 +130,7 @@ class WorkerProcess:
 
     def prepare(self, epoch: bytes, sources: Sequence[Source] = (), deadline_s: float = 120.0) -> dict[str, Any]:
         decoded = decode(epoch)
-        return run_apart(lambda: self.membership.prepare(decoded, sources, deadline_s))
+        return self._apart(lambda: self.membership.prepare(decoded, sources, deadline_s))
 
     def commit(self, number: int, deadline_s: float = 10.0) -> dict[str, Any]:
         return self.membership.commit(number, deadline_s)
@@ -145,7 +149,13 @@ class WorkerProcess:
                 f"worker {self.config.worker_id} serves: only one that has left its epoch can be released"
             )
         self.stop()
-        return {"freed_bytes": discard(self.config, parts)}
+        freed_bytes = discard(self.config, parts)
+        if is_cuda(self.config.device):
+            self._parts = None
+            del parts
+            gc.collect()  # engine, model and KV refer to each other
+            give_back_unused(self.config.device)
+        return {"freed_bytes": freed_bytes}
 
     def wait_trouble(self) -> Future[Trouble]:
         return self.membership.wait_trouble()
@@ -184,6 +194,15 @@ class WorkerProcess:
                 "stats": {name: getattr(stats, name) for name in stats.__struct_fields__},
             }
         )
+
+    def _apart(self, function: Callable[[], T]) -> T:
+        """In a thread of its own, with the worker's device."""
+
+        def run() -> T:
+            use_device(self.config.device)
+            return function()
+
+        return run_apart(run)
 
     @property
     def engine(self) -> Engine:

@@ -251,6 +251,13 @@ def test_devices_bound_the_workers(
     assert machine.most_workers(device, workers=workers, asked=asked) == most
 
 
+def test_workers_share_gpus_only_where_that_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert machine.most_workers("cuda", workers=1, asked=3, share_gpus=True) == 3
+    with pytest.raises(CommandError, match="found 1 GPUs"):
+        machine.most_workers("cuda", workers=1, asked=3)
+
+
 @pytest.mark.parametrize(
     ("device", "workers", "asked", "kind", "words"),
     [

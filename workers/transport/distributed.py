@@ -1,4 +1,5 @@
-"""Exchange through torch.distributed: gloo for tensors of the host, NCCL for those of CUDA devices, on one host or across hosts.
+"""Exchange through torch.distributed: gloo for tensors of the host, NCCL for those of CUDA devices, on one host or across hosts. Ranks that
+share a GPU, or have no NCCL, exchange their device's tensors by gloo, through the host's memory.
 
 The process group belongs to its epoch alone: it is made directly from a store that the epoch's rank 0 hosts, torch's default group is
 never touched, so the groups of two epochs live side by side. Doorbells (see `doorbells`) on a socket beside the group carry the sizes
@@ -53,9 +54,9 @@ def connect_distributed(
     step_timeout_s: float,
     connect_timeout_s: float,
 ) -> DistributedTransport:
-    """Blocks until all ranks of the epoch are connected: gloo for a CPU device, NCCL for a CUDA one. Raises ConnectError."""
+    """Blocks until all ranks of the epoch are connected: NCCL where each has a CUDA device of its own, else gloo. Raises ConnectError."""
     deadline = time.monotonic() + connect_timeout_s
-    kind = "nccl" if device.type == "cuda" else "gloo"
+    kind = f"torch.distributed on {device.type}"
     host = _host(epoch, rank)
     try:
         store = _host_store(host, connect_timeout_s) if rank == 0 and epoch.size > 1 else None
@@ -73,6 +74,7 @@ def connect_distributed(
             if store is None:
                 store_host, _, port = pairs[0].data.rpartition(" ")
                 store = dist.TCPStore(store_host, int(port), is_master=False, timeout=remaining, wait_for_workers=False)
+            kind = "nccl" if device.type == "cuda" and _all_have_gpus(store, rank, epoch.size, device) else "gloo"
             if kind == "nccl":
                 group = NcclGroup(store, rank, epoch.size, device, doorbells, step_timeout_s=step_timeout_s)
             else:
@@ -85,16 +87,28 @@ def connect_distributed(
     except BaseException:
         doorbells.close()
         raise
-    return DistributedTransport(rank, epoch.size, device, group, doorbells)
+    wire = torch.device("cpu") if kind == "gloo" else device
+    return DistributedTransport(rank, epoch.size, device, group, doorbells, wire=wire)
 
 
 class DistributedTransport:
-    """See `base.Transport`. group: None where this rank is alone."""
+    """See `base.Transport`. group: None where this rank is alone. wire: the device whose tensors it takes; others are copied there and
+    back."""
 
-    def __init__(self, rank: int, size: int, device: torch.device, group: Group | None, doorbells: Doorbells) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        group: Group | None,
+        doorbells: Doorbells,
+        *,
+        wire: torch.device | None = None,
+    ) -> None:
         self.rank = rank
         self.size = size
         self._device = device
+        self._wire = wire or device
         self._group = group
         self._doorbells = doorbells
         self._peers = [peer for peer in range(size) if peer != rank]
@@ -140,8 +154,8 @@ class DistributedTransport:
         assert self._group is not None
         input_sizes = [0 if peer == self.rank else _padded(parts[peer].numel()) for peer in range(self.size)]
         output_sizes = [_padded(size) for size in sizes]
-        inputs = torch.empty(sum(input_sizes), dtype=torch.uint8, device=self._device)
-        output = torch.empty(sum(output_sizes), dtype=torch.uint8, device=self._device)
+        inputs = torch.empty(sum(input_sizes), dtype=torch.uint8, device=self._wire)
+        output = torch.empty(sum(output_sizes), dtype=torch.uint8, device=self._wire)
         offset = 0
         for peer in self._peers:
             inputs[offset : offset + parts[peer].numel()].copy_(parts[peer])
@@ -152,7 +166,7 @@ class DistributedTransport:
             self._doorbells.check_open((step, phase, 0))
             suspects = self._doorbells.suspects((step, phase, 0))
             raise StepMissed(f"step {step} phase {phase}: the exchange broke: {error}", suspects) from error
-        found = output.split(output_sizes)
+        found = output.to(self._device).split(output_sizes)
         return [piece[:size] for piece, size in zip(found, sizes, strict=True)]
 
 
@@ -196,6 +210,16 @@ class GlooGroup:
             self._left_running
         ):  # its destructor waits for the collective's deadline: in a thread where nobody waits for that
             threading.Thread(target=last.clear, name="gloo-closing", daemon=True).start()
+
+
+def _all_have_gpus(store: Any, rank: int, size: int, device: torch.device) -> bool:
+    """Whether NCCL can connect these ranks: each has it, and a GPU that no other has. NCCL_HOSTID is what NCCL takes for a host, if set."""
+    own = ""
+    if dist.is_nccl_available():
+        own = f"{torch.cuda.get_device_properties(device).uuid} {os.environ.get('NCCL_HOSTID', '')}"
+    store.set(f"gpu/{rank}", own)
+    found = {store.get(f"gpu/{peer}").decode() for peer in range(size)}
+    return len(found) == size and "" not in found
 
 
 def _host(epoch: Epoch, rank: int) -> str:
