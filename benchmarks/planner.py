@@ -111,6 +111,36 @@ def measure(name: str, *, measured: bool, repeat: int) -> dict[str, Any]:
     }
 
 
+def measure_random(changes: int) -> dict[str, Any]:
+    """Up to 12 of 64 ranks leave and join at each change: the hardest for the odd groups of a layer, of which a rank has one or none."""
+    rng = random.Random(0)
+    shape: dict[str, Any] = {"layers": LAYERS, "experts": EXPERTS}
+    now = sorted(rng.sample(range(RANKS), 48))
+    found = plan(members=workers(now), held={}, **shape)
+    times_ms, moved, least = [], 0, 0
+    for _ in range(changes):
+        after = sorted(set(now) ^ set(rng.sample(range(RANKS), rng.randint(1, 12))))
+        gc.collect()
+        start = time.perf_counter()
+        result = plan(members=workers(after), held=groups_held(found.holders, found.members), **shape)
+        times_ms.append((time.perf_counter() - start) * 1e3)
+        moved += result.moved_groups
+        least += least_moves(found.holders, now, after)
+        found, now = result, after
+    return {
+        "change": f"{changes} random changes",
+        "load": "none",
+        "median_ms": round(statistics.median(times_ms), 2),
+        "worst_ms": round(max(times_ms), 2),
+        "moved": moved,
+        "least": least,
+        "ratio": round(moved / least, 4),
+        "busiest_source": 0.0,
+        "imbalance": 0.0,
+        "imbalance_fresh": 0.0,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", type=int, default=15)
@@ -118,6 +148,7 @@ def main() -> None:
     options = parser.parse_args()
     started = datetime.datetime.now(datetime.UTC)
     rows = [measure(name, measured=measured, repeat=options.repeat) for measured in (False, True) for name in CHANGES]
+    rows.append(measure_random(100))
     saved_run.print_table(rows)
     goals = [
         saved_run.goal("plan, ms, median of the slowest change", max(row["median_ms"] for row in rows), "<= 20"),

@@ -7,7 +7,7 @@ elsewhere; `spread_extras` takes an assignment of least cost.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 Table = list[list[int]]
 
@@ -67,65 +67,127 @@ def _greedy(extras: Sequence[int], columns: list[int], free: Sequence[Sequence[b
 
 
 def _improve(taken: list[set[int]], free: Sequence[Sequence[bool]], *, even: bool) -> None:
-    """Exchange extras along cycles of columns for as long as that saves moves; with none left the cost is the least (the assignment is a
-    transportation problem, and a flow without negative cycles is optimal)."""
-    size = len(free[0])
-    while True:
-        cost = sum(not free[row][column] for row, columns in enumerate(taken) for column in columns)
-        least = sum(max(0, len(columns) - sum(free[row])) for row, columns in enumerate(taken))
-        if cost == least:
-            return
-        cycle = _negative_cycle(*_exchanges(taken, free, even=even), size)
-        if cycle is None:
-            return
-        for row, give, take in cycle:
-            if row >= 0:
-                taken[row].remove(give)
-                taken[row].add(take)
-
-
-def _exchanges(taken: Sequence[set[int]], free: Sequence[Sequence[bool]], *, even: bool) -> tuple[Table, Table]:
-    """weight[a][b], row[a][b]: the cheapest row in which an extra can go from column a to b. Where totals may differ by one, a column with
-    one more may also hand that on: row -1 at no cost, from the lesser to the greater, as the end of a chain of such exchanges."""
-    size = len(free[0])
-    weight = [[2] * size for _ in range(size)]
-    where = [[-1] * size for _ in range(size)]
+    """Exchange extras along cycles of columns for as long as that saves moves. With no such cycle left the cost is the least: this is a
+    transportation problem, and a flow without negative cycles is optimal."""
+    least = sum(max(0, len(columns) - sum(here)) for columns, here in zip(taken, free, strict=True))
+    exchange = _Exchange(taken, free, even=even)
+    while exchange.cost > least:
+        cycle = exchange.short_cycle() or exchange.any_cycle()
+        if not cycle:
+            break
+        exchange.apply(cycle)
     for row, columns in enumerate(taken):
-        here = free[row]
-        others = [column for column in range(size) if column not in columns]
-        for give in columns:
-            weights, rows = weight[give], where[give]
-            for take in others:
-                change = here[give] - here[take]
-                if change < weights[take]:
-                    weights[take], rows[take] = change, row
-    if even:
-        sums = [sum(column in columns for columns in taken) for column in range(size)]
-        for low in range(size):
-            for high in range(size):
-                if sums[low] + 1 == sums[high] and weight[low][high] > 0:
-                    weight[low][high], where[low][high] = 0, -1
-    return weight, where
+        columns.clear()
+        columns.update(column for column, rows in enumerate(exchange.taken) if rows >> row & 1)
 
 
-def _negative_cycle(weight: Table, where: Table, size: int) -> list[tuple[int, int, int]] | None:
-    """Bellman and Ford: (row, give, take) of the exchanges of a cycle that costs less than nothing."""
-    distance, before = [0] * size, [-1] * size
-    changed = -1
-    for _ in range(size):
+class _Exchange:
+    """Sets are bits of integers here. taken[c], free[c]: rows in which column c has an extra, or could have one at no cost. saves[a],
+    keeps[a], costs[a]: columns to which an extra of column a can go, in the best row, at a cost of -1, 0 or 1.
+
+    Where column sums may differ by one (`even`), a lesser and a greater one may also change places: an exchange without a row that costs
+    nothing, from the lesser to the greater, closes a chain that went the other way.
+    """
+
+    def __init__(self, taken: Sequence[set[int]], free: Sequence[Sequence[bool]], *, even: bool) -> None:
+        self.size = len(free[0])
+        self.even = even
+        self.taken = [sum(1 << row for row, columns in enumerate(taken) if c in columns) for c in range(self.size)]
+        self.free = [sum(1 << row for row, here in enumerate(free) if here[c]) for c in range(self.size)]
+        self.saves, self.keeps, self.costs = [0] * self.size, [0] * self.size, [0] * self.size
+        for column in range(self.size):
+            self._look(column, range(column + 1, self.size))
+
+    @property
+    def cost(self) -> int:
+        return sum((rows & ~free).bit_count() for rows, free in zip(self.taken, self.free, strict=True))
+
+    def apply(self, cycle: Sequence[int]) -> None:
+        """An extra goes from each column to the next, from the last to the first."""
+        steps = list(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
+        rows = [self._row(a, b) for a, b in steps]
+        for (a, b), row in zip(steps, rows, strict=True):
+            self.taken[a] &= ~row
+            self.taken[b] |= row
+        for column in cycle:
+            self._look(column, range(self.size))
+
+    def short_cycle(self) -> list[int]:
+        """One that saves a move in one exchange and costs nothing in the others; nearly all are."""
+        for first in range(self.size):
+            if not self.saves[first]:
+                continue
+            before = dict.fromkeys(_bits(self.saves[first]), first)
+            seen, edge = self.saves[first], self.saves[first]
+            while edge and not edge >> first & 1:
+                reached = 0
+                for column in _bits(edge):
+                    new = (self.saves[column] | self.keeps[column]) & ~seen
+                    seen |= new
+                    reached |= new
+                    before.update(dict.fromkeys(_bits(new), column))
+                edge = reached
+            if edge:
+                cycle = [before[first]]
+                while cycle[-1] != first:
+                    cycle.append(before[cycle[-1]])
+                return cycle[::-1]
+        return []
+
+    def any_cycle(self) -> list[int]:
+        """Bellman and Ford: a cycle that costs less than nothing, or none."""
+        distance, before = [0] * self.size, [-1] * self.size
         changed = -1
-        for a in range(size):
-            reach, weights = distance[a], weight[a]
-            for b in range(size):
-                if weights[b] < 2 and reach + weights[b] < distance[b]:
-                    distance[b], before[b], changed = reach + weights[b], a, b
-        if changed < 0:
-            return None
-    for _ in range(size):
-        changed = before[changed]
-    cycle, at = [], changed
-    while True:
-        cycle.append((where[before[at]][at], before[at], at))
-        at = before[at]
-        if at == changed:
-            return cycle
+        for _ in range(self.size):
+            changed = -1
+            for a in range(self.size):
+                for change, columns in ((-1, self.saves[a]), (0, self.keeps[a]), (1, self.costs[a])):
+                    reach = distance[a] + change
+                    for b in _bits(columns):
+                        if reach < distance[b]:
+                            distance[b], before[b], changed = reach, a, b
+            if changed < 0:
+                return []
+        for _ in range(self.size):
+            changed = before[changed]
+        cycle = [changed]
+        while before[cycle[-1]] != changed:
+            cycle.append(before[cycle[-1]])
+        return cycle[::-1]
+
+    def _look(self, column: int, others: range) -> None:
+        for other in others:
+            if other != column:
+                self._weigh(column, other)
+                self._weigh(other, column)
+
+    def _weigh(self, a: int, b: int) -> None:
+        bit = 1 << b
+        self.saves[a] &= ~bit
+        self.keeps[a] &= ~bit
+        self.costs[a] &= ~bit
+        rows = self.taken[a] & ~self.taken[b]
+        if rows & ~self.free[a] & self.free[b]:
+            self.saves[a] |= bit
+        elif rows & ~(self.free[a] ^ self.free[b]) or self._may_swap(a, b):
+            self.keeps[a] |= bit
+        elif rows:
+            self.costs[a] |= bit
+
+    def _row(self, a: int, b: int) -> int:
+        """The row, as a bit, in which an extra goes from a to b at the least cost; 0 where sums are swapped."""
+        rows = self.taken[a] & ~self.taken[b]
+        best = rows & ~self.free[a] & self.free[b] or rows & ~(self.free[a] ^ self.free[b])
+        if not best and not self._may_swap(a, b):
+            best = rows
+        return best & -best
+
+    def _may_swap(self, low: int, high: int) -> bool:
+        return self.even and self.taken[low].bit_count() + 1 == self.taken[high].bit_count()
+
+
+def _bits(number: int) -> Iterator[int]:
+    while number:
+        low = number & -number
+        yield low.bit_length() - 1
+        number ^= low
