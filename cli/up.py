@@ -177,6 +177,7 @@ class _Up:
             standbys=options.standbys,
             workers=options.workers,
             max_workers=max_workers,
+            drill_dir=Path(drills) if (drills := os.environ.get("FLEXPERT_DRILL_DIR")) else None,
             threads=machine.cores(),
             drain_timeout_s=options.drain_timeout_s,
             num_gpus=min(max_workers, machine.gpus()) if device == "cuda" else 0,

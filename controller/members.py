@@ -16,6 +16,7 @@ from typing import Any
 
 from flexpert.controller import ray_cluster
 from flexpert.controller import transition_types as t
+from flexpert.controller.drills import Drills
 from flexpert.controller.ray_cluster import ActorGone
 from flexpert.controller.spec import ClusterSpec, device_of
 from flexpert.workers.actor import StartFailure
@@ -42,6 +43,7 @@ class Members:
     ) -> None:
         self._spec, self._actor, self._socket = spec, actor, socket
         self._spawn, self._send, self._tell = spawn, send, tell
+        self._drills = Drills(spec.drill_dir)
         self.progress: dict[str, tuple[int, int]] = {}
         self.failure_kinds: dict[str, str] = {}  # worker -> the kind of its last failure, for the exit code
         self._watched: set[str] = set()
@@ -198,6 +200,9 @@ class Members:
         self._spawn(self._carry_out(order, step, work))
 
     async def _carry_out(self, order: Any, step: str, work: Coroutine[Any, Any, None]) -> None:
+        if not await self._drills.passes(step, order):
+            work.close()
+            return
         try:
             await work
         except ActorGone as error:

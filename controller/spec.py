@@ -21,7 +21,7 @@ class ClusterSpec:
     cluster_token: what gateways show to workers. api_keys: empty lets everyone in. admin_keys: empty lets nobody use
     the admin API. port 0 lets the kernel choose. step_timeout_s: after which the ranks of an epoch drop a step that one of them misses.
     worker_process: the class that a worker's actor runs, "module:Class". num_gpus: those of the node that the cluster uses; with fewer than
-    max_workers, workers share them. transport: how workers exchange tokens, see workers.worker_config.
+    max_workers, workers share them. transport: how workers exchange tokens, see workers.worker_config. drill_dir: see controller.drills.
     """
 
     name: str
@@ -51,6 +51,7 @@ class ClusterSpec:
     step_timeout_s: float = 2.0
     worker_process: str = WORKER_PROCESS
     transport: str = "auto"
+    drill_dir: Path | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.workers <= self.max_workers:
