@@ -109,6 +109,7 @@ class Components(Actors):
             )
             self._keep(agent, actor)
         actor = self._actors[agent]
+        self._note_pid(agent, await ray_cluster.call(actor, "pid"))
         try:
             await asyncio.gather(*(self.devices.ensure(device, actor) for device in sorted(self._needed_devices)))
         except DeviceFailed as error:
@@ -201,6 +202,7 @@ class Components(Actors):
         if self._refused(GATEWAY, answer):
             return
         self.port = answer["port"]
+        self._note_pid(GATEWAY, answer["pid"])
         self._tell("gateway", f"gateway listens on port {self.port} (pid {answer['pid']})", **answer)
         self._send(GatewayReady(generation))
 
@@ -217,7 +219,7 @@ class Components(Actors):
                 await ray_cluster.call(self._actors[GATEWAY], "set_workers", told)
 
     def ask_process(self, name: str) -> None:
-        """Whether a worker's process still answers; `Answered` comes when it does, and never where it does not."""
+        """Whether a component still answers; `Answered` comes when it does, and never where it does not."""
         self._background(self._ask_process(name))
 
     async def _ask_process(self, name: str) -> None:
@@ -302,9 +304,9 @@ class Components(Actors):
     async def _identify(
         self, component: str, actor: Any, generation: int, processes: Mapping[str, tuple[str, str]]
     ) -> Event | None:
+        self._note_pid(component, await ray_cluster.call(actor, "pid"))
         if component in processes:
             worker_id, agent = processes[component]
-            self._note_pid(component, await ray_cluster.call(actor, "pid"))
             status = await ray_cluster.call(actor, "status")
             if status and status["worker_id"] == worker_id:
                 return ProcessFound(component, worker_id, agent)

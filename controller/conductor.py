@@ -57,6 +57,10 @@ class Conductor:
                     self._from_supervision(order, pending, actions, now_s)
                 if isinstance(found, s.ProcessWanted):
                     self._note_wanted(found.worker_id, now_s)
+            elif self.supervision.phase == "ended":
+                continue  # nobody is left to carry anything out
+            elif isinstance(found, t.ProcessReady) and not self._owns(found.worker_id, found.process):
+                continue  # it was taken back meanwhile, and may be another worker's by now
             elif self.transitions is not None:
                 self._pass_on(found, pending)
                 for instruction in self.transitions.handle(found):
@@ -79,9 +83,9 @@ class Conductor:
     def _pass_on(self, event: t.Event, pending: deque[Event]) -> None:
         """What supervision must know of events for the transitions."""
         match event:
-            case t.WorkerStarted():
-                pending.append(s.WorkerServes(event.process))
-            case t.Released(_, process):
+            case t.WorkerStarted(worker_id, process) if self._owns(worker_id, process):
+                pending.append(s.WorkerServes(process))
+            case t.Released(worker_id, process) if self._owns(worker_id, process):
                 pending.append(s.ProcessReleased(process))
             case t.Failed(worker_id, _, "process"):
                 pending.append(s.ProcessNotWanted(worker_id))
@@ -97,7 +101,8 @@ class Conductor:
                 pending.append(s.ProcessNotWanted(worker_id))
             case t.KillProcess(worker_id, process, reason):
                 self._note_lost(worker_id, now_s)
-                pending.append(s.ProcessEnded(process, reason))
+                if self._owns(worker_id, process):
+                    pending.append(s.ProcessEnded(process, reason))
             case t.StartWorker(_, process):
                 pending.append(s.WorkerStarting(process))
                 actions.append(order)
@@ -112,14 +117,20 @@ class Conductor:
 
     def _release(self, order: t.Release, pending: deque[Event], actions: list[Action]) -> None:
         """One that only has a name is free at once; one in the middle of its start is ended, which is sooner than waiting for it."""
-        phase, _ = self.supervision.processes().get(order.process, ("", ""))
+        phase, worker_id = self.supervision.processes().get(order.process, ("", ""))
         self.timings.forget(order.worker_id)
+        if worker_id != order.worker_id:
+            phase = ""  # another worker's by now
         if phase == "serving":
             actions.append(order)
             return
         if phase == "starting":
             pending.append(s.ProcessEnded(order.process, f"{order.worker_id} is not wanted any more"))
         pending.append(t.Released(order.worker_id, order.process))
+
+    def _owns(self, worker_id: str, process: str) -> bool:
+        """Whether the process is still that worker's."""
+        return self.supervision.processes().get(process, ("", ""))[1] == worker_id
 
     def _tell_how_it_stands(self, pending: deque[Event]) -> None:
         if self.transitions is None:

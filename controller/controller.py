@@ -270,7 +270,9 @@ class Controller:
             case s.GiveProcess(worker_id, process):
                 self._need_devices()
                 components.give_process(worker_id, process)
-            case s.KillProcess(process):
+            case s.KillProcess(process, reason):
+                if not process.startswith("process-"):  # what befalls workers is told by the transitions
+                    self._tell("died", f"{process}: {reason}", component=process)
                 components.kill(process)
             case s.AskProcess(process):
                 components.ask_process(process)
@@ -346,7 +348,7 @@ class Controller:
         if transitions is None or transitions.current is None:
             workers |= set(self._spec.worker_ids[: self._spec.workers])
         else:
-            workers |= set(transitions.state.members)
+            workers |= {*transitions.state.members, *transitions.state.missing}
         idle = [worker for worker in self._spec.worker_ids if worker not in workers]
         wanted = workers | set(idle[: self._spec.standbys])
         self._components.need_devices({device_of(worker) for worker in wanted})

@@ -2,7 +2,8 @@
 
 A manager is a daemon of its own (`flexpert.hbm`), one for each device in use, started here or adopted from an earlier cluster; it outlives
 this actor and every worker. Only an orderly end of the cluster, or a device that is no longer used, stops it. Workers ask Ray for
-nothing: the devices belong to the node.
+nothing: the devices belong to the node. A manager that runs and does not answer (stopped, or it hangs) is killed: whoever needs its memory
+waits for it in vain, and a new one is filled within seconds.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from flexpert.workers.actor import StartFailure
 from flexpert.workers.process_log import open_process_log
 
 MANAGER_NAME = "device-0"
+PROBE_PERIOD_S = 1.0
+PROBE_TIMEOUT_S = 2.0  # twice in a row
 BUDGET_TOLERANCE_BYTES = 2 << 20  # budgets are rounded to whole granules
 log = logging.getLogger(__name__)
 
@@ -38,15 +42,18 @@ class NodeAgent:
         self._exact = exact
         self._managers: dict[str, _Manager] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._probes: dict[str, asyncio.Task[None]] = {}
 
     async def ensure(self, device: str) -> dict[str, Any]:
         """Start the device's manager or adopt the running one; returns its socket and process, or the failure."""
         async with self._locks.setdefault(device, asyncio.Lock()):
             try:
-                return await asyncio.to_thread(self._ensure, device)
+                answer = await asyncio.to_thread(self._ensure, device)
             except Exception as error:
                 log.exception("the HBM manager of %s did not start", device)
                 return {"failure": StartFailure.of(error).to_json()}
+            self._probes[device] = asyncio.create_task(self._probe(device, self._managers[device]))
+            return answer
 
     def _ensure(self, device: str) -> dict[str, Any]:
         from flexpert.hbm import ManagerConfig, ensure_manager, stop_manager
@@ -82,6 +89,28 @@ class NodeAgent:
             return client.info()
         finally:
             client.close()
+
+    async def _probe(self, device: str, manager: _Manager) -> None:
+        """Ask again and again, until the manager ends or is another's business."""
+        while self._managers.get(device) is manager and manager.process.alive:
+            await asyncio.sleep(PROBE_PERIOD_S)
+            for _ in range(2):  # the first time it may have been this process that stood still
+                answered = await asyncio.to_thread(self._answers, manager.socket)
+                if answered:
+                    break
+            if not answered and self._managers.get(device) is manager and manager.process.signal(signal.SIGKILL):
+                log.error("the HBM manager of %s (pid %d) did not answer; killed", device, manager.process.pid)
+
+    def _answers(self, socket_path: Path) -> bool:
+        from flexpert.hbm import HbmClient, HbmError
+
+        try:
+            with HbmClient.connect(socket_path, client_name="node-agent", timeout_s=PROBE_TIMEOUT_S) as client:
+                client.info()
+        except (HbmError, OSError) as error:
+            log.warning("the HBM manager at %s: %s", socket_path, error)
+            return False
+        return True
 
     async def pid(self) -> int:
         return os.getpid()
@@ -127,6 +156,8 @@ class NodeAgent:
 
         async with self._locks.setdefault(device, asyncio.Lock()):
             self._managers.pop(device, None)
+            if (probe := self._probes.pop(device, None)) is not None:
+                probe.cancel()
             return await asyncio.to_thread(stop_manager, self._runtime_path, device)
 
     async def stop_managers(self) -> int:

@@ -61,8 +61,9 @@ class SupervisionConfig:
     """standbys: warm processes kept on each node beside its workers. agents: worker -> agent of its node, AGENT where it is not named.
     A component that served for stable_s has its earlier failures forgiven.
 
-    silence_s: a worker that serves and does not answer for so long is ended. No more than max_tick_s of it pass from one tick to the next:
-    after a moment in which the controller itself stood still, its workers have their time to answer.
+    silence_s: a worker that serves and does not answer for so long is ended; service_silence_s: the same for gateway and agents, which have
+    no peers that wait for them. No more than max_tick_s of it pass from one tick to the next: after a moment in which the controller
+    itself stood still, others have their time to answer.
     """
 
     standbys: int = 0
@@ -72,6 +73,7 @@ class SupervisionConfig:
     backoff_max_s: float = 10.0
     stable_s: float = 60.0
     silence_s: float = 3.0
+    service_silence_s: float = 10.0
     max_tick_s: float = 1.0
 
 
@@ -84,8 +86,6 @@ class _Process:
     phase: str  # spawning, warm, given, starting, serving
     agent: str = AGENT
     worker_id: str = ""
-    asked: bool = False  # whether an answer is awaited
-    silent_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -117,6 +117,7 @@ class Supervision:
         self._wanted: list[str] = []  # workers that wait for a process, in the order in which they began to
         self._serving = self._calm = False
         self._trouble: dict[str, _Trouble] = {}
+        self._silent_s: dict[str, float] = {}  # components whose answer is awaited -> for how long
         self._ticked_at_s: float | None = None
         self._story: deque[str] = deque(maxlen=40)
 
@@ -210,13 +211,14 @@ class Supervision:
             case WorkerServes(name):
                 if (process := self._processes.get(name)) is not None:
                     self._expect(process.phase in ("starting", "serving"), event)
-                    process.phase, process.asked = "serving", False
+                    process.phase = "serving"
                     self._served(process.worker_id, now_s)
             case ProcessReleased(name):
                 if (process := self._processes.get(name)) is not None:
                     self._expect(process.phase != "spawning", event)
                     self._trouble_of(process.worker_id).ready_at_s = None
-                    process.phase, process.worker_id, process.asked = "warm", "", False
+                    process.phase, process.worker_id = "warm", ""
+                    self._silent_s.pop(name, None)
             case ProcessEnded(name, reason):
                 if (process := self._processes.pop(name, None)) is not None:
                     orders.append(KillProcess(name, reason))
@@ -224,8 +226,7 @@ class Supervision:
                         process.worker_id or SPARE, kind="internal", reason=reason, permanent=False, now_s=now_s, orders=orders
                     )  # fmt: skip
             case Answered(name):
-                if (process := self._processes.get(name)) is not None:
-                    process.asked = False
+                self._silent_s.pop(name, None)
 
     def _want(self, worker_id: str, orders: list[Instruction]) -> None:
         name = self.process_of(worker_id)
@@ -252,6 +253,7 @@ class Supervision:
         self, component: str, *, kind: str, reason: str, permanent: bool, now_s: float, orders: list[Instruction]
     ) -> None:
         """One component is gone; a process that only failed to start is killed, so that nothing half-made stays."""
+        self._silent_s.pop(component, None)
         if component in self._agents:
             self._agents[component], counted = "absent", component
         elif component == GATEWAY:
@@ -265,10 +267,10 @@ class Supervision:
             return  # killed before, by us
         self._count(counted, kind=kind, reason=reason, permanent=permanent, now_s=now_s, orders=orders)
 
-    def _lose_process(self, name: str, reason: str, orders: list[Instruction], *, tell: str = "") -> str:
+    def _lose_process(self, name: str, reason: str, orders: list[Instruction]) -> str:
         """Returns what the loss counts against."""
         worker_id = self._processes.pop(name).worker_id
-        orders.append(KillProcess(name, tell))
+        orders.append(KillProcess(name, reason))
         if worker_id:
             orders.append(WorkerLost(worker_id, name, reason))
         return worker_id or SPARE
@@ -277,18 +279,26 @@ class Supervision:
         """Ask those that serve, one question at a time, and end those that left theirs unanswered for too long."""
         passed_s = 0.0 if self._ticked_at_s is None else min(now_s - self._ticked_at_s, self.config.max_tick_s)
         self._ticked_at_s = now_s
-        for name, process in list(self._processes.items()):
-            if process.phase != "serving":
-                continue
-            if not process.asked:
-                process.asked, process.silent_s = True, 0.0
+        limits_s = self._limits_s()
+        self._silent_s = {name: silent_s for name, silent_s in self._silent_s.items() if name in limits_s}
+        for name, limit_s in limits_s.items():
+            if name not in self._silent_s:
+                self._silent_s[name] = 0.0
                 orders.append(AskProcess(name))
                 continue
-            process.silent_s += passed_s
-            if process.silent_s >= self.config.silence_s:
-                reason = f"no answer for {process.silent_s:.0f} s; ended"
-                counted = self._lose_process(name, reason, orders, tell=reason)
-                self._count(counted, kind="internal", reason=reason, permanent=False, now_s=now_s, orders=orders)
+            self._silent_s[name] += passed_s
+            if self._silent_s[name] >= limit_s:
+                reason = f"no answer for {self._silent_s.pop(name):.0f} s; ended"
+                if name not in self._processes:
+                    orders.append(KillProcess(name, reason))
+                self._failed(name, kind="internal", reason=reason, permanent=False, now_s=now_s, orders=orders)
+
+    def _limits_s(self) -> dict[str, float]:
+        """Who must answer -> within how long."""
+        found = {name: self.config.silence_s for name, process in self._processes.items() if process.phase == "serving"}
+        services = [agent for agent, phase in self._agents.items() if phase == "ready"]
+        services += [GATEWAY] if self._gateway == "ready" and self.phase == "running" else []
+        return found | dict.fromkeys(services, self.config.service_silence_s)
 
     def _count(
         self, component: str, *, kind: str, reason: str, permanent: bool, now_s: float, orders: list[Instruction]

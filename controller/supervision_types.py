@@ -122,7 +122,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A process answered AskProcess."""
+    """A process, or another component, answered AskProcess."""
 
     process: str
 
@@ -184,10 +184,10 @@ class WorkerLost:
 
 @dataclass(frozen=True, slots=True)
 class KillProcess:
-    """reason: why one that runs is ended, for people; empty where that was told before."""
+    """A process of the pool, or a component that does not answer."""
 
     process: str
-    reason: str = ""
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,11 +36,14 @@ from flexpert.controller.supervision_types import (
 from flexpert.workers.epoch import Epoch
 
 
+NOBODY = 0  # no process has this id, so none is signalled
+
+
 class PlayedRay:
     """Actors that answer from a table: method -> value, exception, or an event to wait for."""
 
     def __init__(self, answers: dict[str, Any]) -> None:
-        self.answers, self.killed, self.created = answers, 0, 0
+        self.answers, self.killed, self.created = {"pid": NOBODY, **answers}, 0, 0
         self.calls: list[tuple[Any, ...]] = []
         self.found: set[str] = set()
 
@@ -360,7 +363,7 @@ async def test_order_to_what_was_ended_meanwhile_is_no_news(monkeypatch: pytest.
 
 @pytest.mark.parametrize("answer", [BUG, ActorGone("killed"), "drained"], ids=["bug", "gone", "well"])
 async def test_drain_ends_however_it_goes(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
-    components, _, queue = make({"start": {"pid": 1, "port": 8000}, "drain": answer}, monkeypatch)
+    components, _, queue = make({"start": {"pid": 0, "port": 8000}, "drain": answer}, monkeypatch)
     components.start_gateway(1)
     assert await next_event(queue) == GatewayReady(1)
     components.drain_gateway()
@@ -369,7 +372,7 @@ async def test_drain_ends_however_it_goes(monkeypatch: pytest.MonkeyPatch, answe
 
 async def test_actor_that_ray_lost_sight_of_is_ended_before_it_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = asyncio.Event()
-    components, ray, queue = make({"start": {"pid": 1, "port": 8000}, "wait_closed": lost}, monkeypatch)
+    components, ray, queue = make({"start": {"pid": 0, "port": 8000}, "wait_closed": lost}, monkeypatch)
     components.start_gateway(1)
     assert await next_event(queue) == GatewayReady(1)
     lost.set()

@@ -208,7 +208,7 @@ def test_restart_in_each_moment_of_a_scale_up_ends_in_three_workers_or_in_two() 
         assert serving(world) == ["worker-0"]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(seed=st.integers(0, 10**9), workers=st.integers(1, 3), standbys=st.integers(0, 2))
 def test_whatever_happens_calm_brings_a_whole_epoch_back(seed: int, workers: int, standbys: int) -> None:
     chance = random.Random(seed)

@@ -133,7 +133,7 @@ def test_dead_worker_gets_another_process_at_once() -> None:
     machine = started()
     orders = dies(machine, "process-0", now_s=10)
     assert orders == [
-        KillProcess("process-0"),
+        KillProcess("process-0", "crash"),
         WorkerLost("worker-0", "process-0", "crash"),
         SpawnProcess("process-1"),
     ]
@@ -259,15 +259,16 @@ def test_restarted_controller_takes_over_what_is_there() -> None:
     assert machine.handle(ProcessWanted("worker-1"), now_s=0) == [GiveProcess("worker-1", "process-3")]
 
 
-def ticks(machine: Supervision, *times_s: float, answering: bool = False) -> list[Instruction]:
-    """All orders of ticks at these times, each question answered at once or none."""
+def ticks(machine: Supervision, *times_s: float, answering: bool = False, silent: str = "process") -> list[Instruction]:
+    """All orders of ticks at these times that concern those whose name begins so. They answer at once or not at all, others always do."""
     found: list[Instruction] = []
     for now_s in times_s:
-        orders = machine.handle(Tick(), now_s=now_s)
-        found += orders
-        for order in orders:
-            if answering and isinstance(order, AskProcess):
-                assert machine.handle(Answered(order.process), now_s=now_s) == []
+        for order in machine.handle(Tick(), now_s=now_s):
+            asked = order.process if isinstance(order, AskProcess) else ""
+            if not asked or asked.startswith(silent):
+                found.append(order)
+            if asked and (answering or not asked.startswith(silent)):
+                assert machine.handle(Answered(asked), now_s=now_s) == []
     return found
 
 
@@ -307,6 +308,20 @@ def test_process_that_does_not_serve_yet_is_not_asked() -> None:
     assert ticks(machine, *range(100, 1000, 2)) == [], "loading its weights for long"
     machine.handle(WorkerServes("process-0"), now_s=1000)
     assert ticks(machine, 1002, 1004, 1006) == [AskProcess("process-0")]
+
+
+@pytest.mark.parametrize(("component", "next"), [(GATEWAY, StartGateway(2)), (AGENT, StartAgent())])
+def test_gateway_or_agent_that_does_not_answer_is_ended_and_started_anew(component: str, next: Instruction) -> None:
+    machine = started(silence_s=3, service_silence_s=10, max_tick_s=4)
+    assert ticks(machine, 20, 22, 24, 26, 28, silent=component) == [AskProcess(component)]
+    assert ticks(machine, 30, silent=component) == [KillProcess(component, "no answer for 10 s; ended"), next]
+    assert ticks(machine, 32, 100, silent=component) == [], "it is not asked before it is there"
+
+
+def test_gateway_that_drains_is_not_asked() -> None:
+    machine = started()
+    machine.handle(StopRequested(), now_s=1)
+    assert ticks(machine, 2, 4, silent=GATEWAY) == []
 
 
 def test_controller_that_stood_still_blames_nobody() -> None:
@@ -403,11 +418,13 @@ class World:
             case WorkerLost(worker_id):
                 self.without.append(worker_id)
             case AskProcess(process):
-                assert self.processes[process] == "serving"
+                services = {AGENT: self.agent, GATEWAY: self.gateway}
+                assert (self.processes | services)[process] in ("serving", "ready")
                 assert process not in self.asked_at_s, "asked twice"
                 self.asked_at_s[process] = self.now_s
             case KillProcess(process, reason):
-                assert not reason or self.now_s - self.asked_at_s[process] >= 10
+                silent_s = self.now_s - self.asked_at_s.get(process, self.now_s)
+                assert not reason.startswith("no answer") or silent_s >= 10
                 self.forget(process)
             case StartGateway(generation):
                 assert self.gateway == "absent"
@@ -421,6 +438,8 @@ class World:
                 self.over = True
 
     def forget(self, process: str) -> None:
+        if process in (AGENT, GATEWAY):
+            setattr(self, process, "absent")
         self.processes.pop(process, None)
         self.worker_of.pop(process, None)
         self.asked_at_s.pop(process, None)
@@ -465,10 +484,6 @@ class World:
                 return
             case Answered(process):
                 del self.asked_at_s[process]
-            case Died("agent") | Failed("agent"):
-                self.agent = "absent"
-            case Died("gateway"):
-                self.gateway = "absent"
             case Died(process) | Failed(process):
                 self.forget(process)
         self.send(event)
