@@ -162,6 +162,7 @@ class WorkerActor:
 
     async def prepare(self, epoch: bytes, sources: list[Any], deadline_s: float) -> dict[str, Any]:
         """Make this epoch ready beside the current one: {"moved_bytes", "loaded_bytes", "seconds": {phase: s}}."""
+        self._progress = (0, 0)  # what an earlier load moved is not this epoch's
         return await self._step(lambda worker: worker.prepare(epoch, sources, deadline_s))
 
     async def commit(self, epoch_number: int, deadline_s: float) -> dict[str, Any]:
