@@ -62,7 +62,7 @@ class SupervisionConfig:
     A component that served for stable_s has its earlier failures forgiven.
 
     silence_s: a worker that serves and does not answer for so long is ended; service_silence_s: the same for gateway and agents, which have
-    no peers that wait for them. No more than max_tick_s of it pass from one tick to the next: after a moment in which the controller
+    no peers that wait for them, and for a worker that starts, which answers beside its loading. No more than max_tick_s of it pass from one tick to the next: after a moment in which the controller
     itself stood still, others have their time to answer.
     """
 
@@ -212,6 +212,8 @@ class Supervision:
                 if (process := self._processes.get(name)) is not None:
                     self._expect(process.phase in ("starting", "serving"), event)
                     process.phase = "serving"
+                    if name in self._silent_s:
+                        self._silent_s[name] = 0.0  # it had more time until now
                     self._served(process.worker_id, now_s)
             case ProcessReleased(name):
                 if (process := self._processes.get(name)) is not None:
@@ -296,7 +298,8 @@ class Supervision:
     def _limits_s(self) -> dict[str, float]:
         """Who must answer -> within how long."""
         found = {name: self.config.silence_s for name, process in self._processes.items() if process.phase == "serving"}
-        services = [agent for agent, phase in self._agents.items() if phase == "ready"]
+        services = [name for name, process in self._processes.items() if process.phase == "starting"]
+        services += [agent for agent, phase in self._agents.items() if phase == "ready"]
         services += [GATEWAY] if self._gateway == "ready" and self.phase == "running" else []
         return found | dict.fromkeys(services, self.config.service_silence_s)
 

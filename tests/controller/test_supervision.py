@@ -298,16 +298,29 @@ def test_worker_that_answers_is_left_alone() -> None:
     assert machine.ready
 
 
-def test_process_that_does_not_serve_yet_is_not_asked() -> None:
-    machine = Supervision(SupervisionConfig(silence_s=10))
+def test_process_is_asked_once_it_starts_as_a_worker() -> None:
+    """However long that takes; one that stands still meanwhile would hold the transition up."""
+    machine = Supervision(SupervisionConfig(silence_s=3, service_silence_s=10, max_tick_s=4))
     for event in (Begin(), ProcessWanted("worker-0"), AgentReady(), GatewayReady(1)):
         machine.handle(event, now_s=0)
     assert ticks(machine, *range(0, 100, 2)) == [], "spawning"
     machine.handle(ProcessWarm("process-0"), now_s=100)
     machine.handle(WorkerStarting("process-0"), now_s=100)
-    assert ticks(machine, *range(100, 1000, 2)) == [], "loading its weights for long"
-    machine.handle(WorkerServes("process-0"), now_s=1000)
-    assert ticks(machine, 1002, 1004, 1006) == [AskProcess("process-0")]
+    assert set(ticks(machine, *range(100, 1000, 2), answering=True)) == {AskProcess("process-0")}, "loading for long"
+    assert ticks(machine, 1000, 1002, 1004, 1006, 1008) == [AskProcess("process-0")], "it has more time than one that serves"
+    machine.handle(WorkerServes("process-0"), now_s=1009)
+    assert ticks(machine, 1009, 1010) == [], "and is counted anew once it serves"
+    assert isinstance(ticks(machine, 1012)[0], KillProcess)
+
+
+def test_worker_that_stands_still_while_it_starts_is_ended() -> None:
+    machine = Supervision(SupervisionConfig(silence_s=3, service_silence_s=10, max_tick_s=4))
+    for event in (Begin(), ProcessWanted("worker-0"), AgentReady(), GatewayReady(1), ProcessWarm("process-0")):
+        machine.handle(event, now_s=0)
+    machine.handle(WorkerStarting("process-0"), now_s=0)
+    assert ticks(machine, 0, 2, 4, 6, 8) == [AskProcess("process-0")]
+    reason = "no answer for 10 s; ended"
+    assert ticks(machine, 10)[:2] == [KillProcess("process-0", reason), WorkerLost("worker-0", "process-0", reason)]
 
 
 @pytest.mark.parametrize(("component", "next"), [(GATEWAY, StartGateway(2)), (AGENT, StartAgent())])
@@ -419,7 +432,7 @@ class World:
                 self.without.append(worker_id)
             case AskProcess(process):
                 services = {AGENT: self.agent, GATEWAY: self.gateway}
-                assert (self.processes | services)[process] in ("serving", "ready")
+                assert self.processes.get(process) in ("starting", "serving") or services.get(process) == "ready"
                 assert process not in self.asked_at_s, "asked twice"
                 self.asked_at_s[process] = self.now_s
             case KillProcess(process, reason):
@@ -459,7 +472,7 @@ class World:
         found: list[object] = [Died(AGENT, "killed")] if self.agent == "ready" else []
         found += [Failed(AGENT, "internal", "no", False)] if self.agent == "starting" else []
         found += [Died(GATEWAY, "killed")] if self.gateway == "ready" else []
-        found += [Tick(), *(Stopped(name) for name, phase in self.processes.items() if phase == "serving")]
+        found += [Tick(), *(Stopped(name) for name, phase in self.processes.items() if phase in ("starting", "serving"))]
         for name, phase in self.processes.items():
             found.append(Died(name, "killed"))
             found += [Failed(name, "memory", "no", True)] if phase == "starting" else []
