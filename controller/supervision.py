@@ -62,8 +62,8 @@ class SupervisionConfig:
     A component that served for stable_s has its earlier failures forgiven.
 
     silence_s: a worker that serves and does not answer for so long is ended; service_silence_s: the same for gateway and agents, which have
-    no peers that wait for them, and for a worker that starts, which answers beside its loading. No more than max_tick_s of it pass from one tick to the next: after a moment in which the controller
-    itself stood still, others have their time to answer.
+    no peers that wait for them, and for a worker that starts, which answers beside its loading. No more than max_tick_s of it pass from one
+    tick to the next: after a moment in which the controller itself stood still, others have their time to answer.
     """
 
     standbys: int = 0

@@ -307,7 +307,9 @@ def test_process_is_asked_once_it_starts_as_a_worker() -> None:
     machine.handle(ProcessWarm("process-0"), now_s=100)
     machine.handle(WorkerStarting("process-0"), now_s=100)
     assert set(ticks(machine, *range(100, 1000, 2), answering=True)) == {AskProcess("process-0")}, "loading for long"
-    assert ticks(machine, 1000, 1002, 1004, 1006, 1008) == [AskProcess("process-0")], "it has more time than one that serves"
+    assert ticks(machine, 1000, 1002, 1004, 1006, 1008) == [AskProcess("process-0")], (
+        "it has more time than one that serves"
+    )
     machine.handle(WorkerServes("process-0"), now_s=1009)
     assert ticks(machine, 1009, 1010) == [], "and is counted anew once it serves"
     assert isinstance(ticks(machine, 1012)[0], KillProcess)
@@ -472,7 +474,10 @@ class World:
         found: list[object] = [Died(AGENT, "killed")] if self.agent == "ready" else []
         found += [Failed(AGENT, "internal", "no", False)] if self.agent == "starting" else []
         found += [Died(GATEWAY, "killed")] if self.gateway == "ready" else []
-        found += [Tick(), *(Stopped(name) for name, phase in self.processes.items() if phase in ("starting", "serving"))]
+        found += [
+            Tick(),
+            *(Stopped(name) for name, phase in self.processes.items() if phase in ("starting", "serving")),
+        ]
         for name, phase in self.processes.items():
             found.append(Died(name, "killed"))
             found += [Failed(name, "memory", "no", True)] if phase == "starting" else []
