@@ -45,3 +45,18 @@ def write_checkpoint(shape: str, folder: Path, *, device: str, num_layers: int |
     target = folder / shape
     model.save_pretrained(target, max_shard_size="4GB")
     return target
+
+
+def write_tokenizer(model_dir: Path, *, words: list[str]) -> None:
+    """A tokenizer for a checkpoint without one: `words`, and as many made-up ones as the vocabulary has room for."""
+    import json
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab_size = json.loads((model_dir / "config.json").read_text())["vocab_size"]
+    names = [*words, "unknown", *(f"token{number}" for number in range(vocab_size))]
+    vocab = {name: number for number, name in enumerate(names[:vocab_size])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="unknown"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(model_dir)

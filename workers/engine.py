@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from flexpert.workers.ep import EpochExperts
 from flexpert.workers.group import NO_FLIP, Flipped, Group, Header, NextEpoch, Trouble
 from flexpert.workers.live import LiveRequests, Owner
 from flexpert.workers.memory import KvMemory
@@ -142,6 +143,15 @@ class Engine:
             return True
 
         return self.call(unready)
+
+    def prime(self, experts: EpochExperts) -> Future[None]:
+        """Prepare, before the first epoch, what would be prepared while serving alone with these experts."""
+
+        def run() -> None:
+            self._runner.use(experts, None)
+            self._runner.warm_up()
+
+        return self.call(run)
 
     def stop(self) -> None:
         with self._wake:

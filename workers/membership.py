@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from flexpert.workers.devices import give_back_unused
+from flexpert.workers.devices import give_back_unused, is_cuda
 from flexpert.workers.engine import Engine
 from flexpert.workers.ep import EpochExperts, ExpertExchange
 from flexpert.workers.epoch import Epoch
@@ -206,6 +206,8 @@ class Membership:
         assert rank is not None
         assert made.experts is not None
         if epoch.size == 1:
+            if self._current is None and is_cuda(self._bound.device):
+                self._engine.prime(made.experts).result(BETWEEN_STEPS_TIMEOUT_S)
             return NextEpoch(number=epoch.number, experts=made.experts)
         made.transport = self._connect(epoch, rank, max(0.01, until_s - time.monotonic()))
         exchange = ExpertExchange(made.transport, epoch, rank, made.experts)

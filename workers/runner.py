@@ -46,6 +46,7 @@ class ModelRunner:
         self.views = KvViews(kv, bound.kv)
         self.kv = kv
         self._gpu: GpuCompute | None = None
+        self._experts: EpochExperts | None = None
         self._exchange: ExpertExchange | None = None
         self.last_build_s = 0.0
         self._row_group = SAFE_ROWS
@@ -65,10 +66,13 @@ class ModelRunner:
 
     def use(self, experts: EpochExperts, exchange: ExpertExchange | None) -> None:
         """From the next step on, compute with these experts; without an exchange they must be all. Between two steps only; what was used
-        before may be unmapped afterwards. On a GPU captured graphs are dropped, and with an exchange steps run op by op."""
+        before may be unmapped afterwards. On a GPU captured graphs are dropped, unless these very experts are in use, and with an exchange
+        steps run op by op."""
         if exchange is None and not experts.complete:
             raise ValueError("a rank that holds only some experts needs an exchange with the others")
-        self._exchange = exchange
+        if self._experts is experts and self._exchange is exchange:
+            return
+        self._experts, self._exchange = experts, exchange
         for layer, slabs in zip(self.bound.experts, experts.layers, strict=True):
             layer.slabs, layer.elsewhere = slabs, exchange
         if self._gpu is not None:
