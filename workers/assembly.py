@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from flexpert.workers.engine import Engine, Owner
 from flexpert.workers.ep import capacity_bytes
 from flexpert.workers.epoch import Epoch, decode
 from flexpert.workers.fetch import ManagedWeights, PrivateWeights, Progress, Weights
+from flexpert.workers.kv_move import KvReceiver, KvSender, door_of
 from flexpert.workers.kv_space import KvSpace
 from flexpert.workers.membership import Connect, Membership
 from flexpert.workers.messages import WorkerFrame
@@ -63,6 +65,7 @@ class Parts:
     weights: Weights
     kv: KvSpace
     listener: ExchangeListener
+    receiver: KvReceiver | None
     client: HbmClient | None
     vocab_size: int
     dense_bytes: int
@@ -70,6 +73,8 @@ class Parts:
     def close(self) -> None:
         """After the engine's thread has ended. Weights, KV and records stay with the manager."""
         self.listener.close()
+        if self.receiver is not None:
+            self.receiver.close()
         self.membership.close()
         if self.client is not None:
             self.client.close()
@@ -145,6 +150,15 @@ def _assemble(
         waiting=draft is not None,
     )
     listener = ExchangeListener(config.listen_for_peers, token=config.cluster_token)
+    token_bytes = kv_token_bytes(servable, config.dtype_name)
+    moving: dict[str, Any] = {
+        "cluster_token": config.cluster_token,
+        "layout": f"{_key(config)}:{token_bytes}",
+        "token_bytes": token_bytes,
+        "engine": engine,
+        "scheduler": scheduler,
+        "memory": kv.memory,
+    }
     membership = Membership(
         worker_id=config.worker_id,
         weights=weights,
@@ -155,7 +169,10 @@ def _assemble(
         connect=_connector(config, servable, listener),
         cancel_connect=listener.cancel,
         context_tokens=kv.context_tokens,
+        make_sender=lambda: KvSender(**moving),
     )
+    door = door_of(listener.address)
+    receiver = None if door is None else KvReceiver(door, **moving)
     times.mark("bind")
     if draft is None:
         runner.use(membership.begin_alone(names, held), None)
@@ -168,6 +185,7 @@ def _assemble(
         weights=weights,
         kv=kv,
         listener=listener,
+        receiver=receiver,
         client=client,
         vocab_size=servable.vocab_size,
         dense_bytes=layout.dense_bytes,

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -132,6 +132,10 @@ class Engine:
 
         self.call(ready)
         return following.done
+
+    def release(self, targets: Mapping[str, str]) -> Future[list[str]]:
+        """A leaver gives its requests back, each to be submitted to the worker `targets` names, elsewhere without one. Their ids."""
+        return self.call(lambda: self._live.release(targets))
 
     def withdraw(self, number: int) -> Future[bool]:
         """Take `enter` back; False where the flip has taken place."""
@@ -305,7 +309,7 @@ class Engine:
         self._group, self.paused, self.trouble = following.group, "", None
         if following.leaves:
             self.paused = LEFT
-            released = self._live.release()
+            released = [] if following.keeps else self._live.release()
         elif following.experts is not None:
             self._runner.use(following.experts, following.exchange)
         if self._pause_began_s is None and self._live:

@@ -134,4 +134,5 @@ class NextEpoch:
     experts: EpochExperts | None = None
     exchange: ExpertExchange | None = None
     leaves: bool = False
+    keeps: bool = False  # a leaver's requests stay until Engine.release
     done: Future[Flipped] = field(default_factory=Future)

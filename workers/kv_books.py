@@ -25,24 +25,13 @@ from itertools import islice
 from flexpert.hbm.ops import Claim, Map, Unmap
 from flexpert.workers.free_granules import FreeGranules
 from flexpert.workers.kv_geometry import Grant, KvGeometry, SlotRecord
+from flexpert.workers.kv_slots import Slot, check_slots
 from flexpert.workers.prefix import PrefixIndex
 from flexpert.workers.step import CopyTokens, MemoryOp
 
 __all__ = ["Grant", "KvBooks", "KvGeometry", "SlotRecord"]
 
 _CANDIDATES = 8  # how many slots with the same longest prefix are looked at for the best one to reuse
-
-
-class _Slot:
-    __slots__ = ("backed_tokens", "committed", "granules", "index", "owner", "running")
-
-    def __init__(self, index: int, backed_tokens: int) -> None:
-        self.index = index
-        self.owner = ""
-        self.running = False
-        self.committed = 0
-        self.granules: list[int] = []
-        self.backed_tokens = backed_tokens
 
 
 class KvBooks:
@@ -52,7 +41,7 @@ class KvBooks:
         self.geometry = geometry
         self.total_granules = len(granules) if geometry.shareable else 0
         self._ahead = ahead_granules
-        self._slots = [_Slot(index, geometry.tokens_in(0)) for index in range(geometry.slots)]
+        self._slots = [Slot(index, geometry.tokens_in(0)) for index in range(geometry.slots)]
         self._free_slots = list(range(geometry.slots - 1, -1, -1))
         self._donors: dict[int, None] = {}  # least recently used first
         self._restored: dict[str, int] = {}  # request id -> donor slot whose tokens are not known here
@@ -147,22 +136,6 @@ class KvBooks:
         self._slots[slot].committed += len(tokens)
         self._index.extend(slot, tokens)
 
-    def add_granules(self, granules: Sequence[int]) -> None:
-        """The arena has grown by these ids."""
-        self._free.give(granules)
-        self.total_granules += len(granules)
-
-    def remove_granules(self, count: int) -> list[int]:
-        """Up to `count` granules leave the arena: free ones, then those of donors, least recently used first; never a running slot's.
-
-        The operations that unmap them must be carried out before the arena gives them back.
-        """
-        count = min(count, self.available_granules)
-        removed = self._take_granules(count, after=None) if count > 0 else []
-        assert removed is not None, "available granules could not be reclaimed"
-        self.total_granules -= len(removed)
-        return removed
-
     def release(self, slot: int) -> None:
         """The request leaves its slot, which becomes a donor."""
         held = self._slots[slot]
@@ -213,7 +186,7 @@ class KvBooks:
 
     # Reuse
 
-    def _find_source(self, request_id: str, tokens: Sequence[int], limit: int) -> tuple[_Slot | None, int]:
+    def _find_source(self, request_id: str, tokens: Sequence[int], limit: int) -> tuple[Slot | None, int]:
         """The slot with the most of tokens[:limit]: the request's own of before, else a donor that loses nothing, else any."""
         length, slots = self._index.match(tokens, limit)
         restored = self._restored.get(request_id)
@@ -222,12 +195,12 @@ class KvBooks:
         if length == 0:
             return None, 0
 
-        def rank(slot: _Slot) -> tuple[bool, bool]:
+        def rank(slot: Slot) -> tuple[bool, bool]:
             return (slot.owner == request_id, not slot.running and slot.committed <= length + 1)
 
         return max((self._slots[index] for index in islice(slots, _CANDIDATES)), key=rank), length
 
-    def _reuse(self, source: _Slot, request_id: str, reuse: int, total: int) -> _Slot | None:
+    def _reuse(self, source: Slot, request_id: str, reuse: int, total: int) -> Slot | None:
         """A slot that holds the first `reuse` tokens of `source`, perhaps the source itself; None: compute them again."""
         others = bool(self._free_slots) or self._donors.keys() - {source.index}
         loses_nothing = source.committed <= reuse + 1 or source.owner == request_id
@@ -245,19 +218,19 @@ class KvBooks:
             self._drop(source)
         return None
 
-    def _can_take_over(self, source: _Slot, reuse: int) -> bool:
+    def _can_take_over(self, source: Slot, reuse: int) -> bool:
         """Whether the source is a donor, none of whose granules from position `reuse` on is held by another slot."""
         shared_bytes = self._shared_granules(source) * self.geometry.granule_bytes
         return not source.running and shared_bytes <= reuse * self.geometry.kv_token_bytes
 
-    def _take_over(self, slot: _Slot, request_id: str, reuse: int, total: int) -> _Slot:
+    def _take_over(self, slot: Slot, request_id: str, reuse: int, total: int) -> Slot:
         self._ops.append(Claim(slot.index, request_id, reuse))
         self._shrink(slot, self.geometry.granules_for(total), reuse)
         del self._donors[slot.index]
         self._forget_restored(slot)
         return slot
 
-    def _share(self, source: _Slot, slot: _Slot, reuse: int) -> bool:
+    def _share(self, source: Slot, slot: Slot, reuse: int) -> bool:
         """Map the whole granules of the prefix in `slot` too and copy the rest; False without memory for the rest."""
         if not self.geometry.shareable:
             self._ops.append(CopyTokens(source.index, slot.index, 0, reuse))
@@ -276,7 +249,7 @@ class KvBooks:
             self._donors[source.index] = self._donors.pop(source.index)
         return True
 
-    def _start(self, slot: _Slot, request_id: str, tokens: Sequence[int], reuse: int) -> Grant:
+    def _start(self, slot: Slot, request_id: str, tokens: Sequence[int], reuse: int) -> Grant:
         slot.owner, slot.running, slot.committed = request_id, True, reuse
         known = self._index.length(slot.index)
         if known > reuse:
@@ -292,7 +265,7 @@ class KvBooks:
     def _ahead_tokens(self) -> int:
         return self._ahead * self.geometry.granule_bytes // self.geometry.kv_token_bytes
 
-    def _map(self, slot: _Slot, granules: list[int]) -> None:
+    def _map(self, slot: Slot, granules: list[int]) -> None:
         if not granules:
             return
         self._ops.append(Map(slot.index, len(slot.granules), tuple(granules)))
@@ -303,7 +276,7 @@ class KvBooks:
             if slot.running:
                 self._pins[granule] = self._pins.get(granule, 0) + 1
 
-    def _take_granules(self, count: int, *, after: int | None, keep: _Slot | None = None) -> list[int] | None:
+    def _take_granules(self, count: int, *, after: int | None, keep: Slot | None = None) -> list[int] | None:
         """`count` granules out of the free ones and, least recently used first, those of donors other than `keep`."""
         while (short := count - len(self._free)) > 0:
             victim = next((self._slots[index] for index in self._donors if self._slots[index] is not keep), None)
@@ -321,7 +294,7 @@ class KvBooks:
                 self._drop(victim)
         return self._free.take(count, after=after)
 
-    def _fresh_slot(self, keep: _Slot | None = None) -> _Slot | None:
+    def _fresh_slot(self, keep: Slot | None = None) -> Slot | None:
         """A slot that holds nothing; the least recently used donor other than `keep` gives way if need be."""
         if not self._free_slots:
             victim = next((self._slots[index] for index in self._donors if self._slots[index] is not keep), None)
@@ -330,7 +303,7 @@ class KvBooks:
             self._drop(victim)
         return self._slots[self._free_slots.pop()]
 
-    def _drop(self, donor: _Slot) -> None:
+    def _drop(self, donor: Slot) -> None:
         """Forget a donor. Granules that other slots hold stay with those."""
         self._ops.append(Claim(donor.index, "", 0))
         self._shrink(donor, 0, 0)
@@ -340,7 +313,7 @@ class KvBooks:
         donor.owner, donor.committed = "", 0
         self._free_slots.append(donor.index)
 
-    def _shrink(self, slot: _Slot, granules: int, tokens: int) -> None:
+    def _shrink(self, slot: Slot, granules: int, tokens: int) -> None:
         """Take away what backs a donor's slot beyond its first `granules` granules, which must hold `tokens`."""
         gone = slot.granules[max(granules, self.geometry.granules_for(tokens)) :]
         if not gone:
@@ -357,41 +330,26 @@ class KvBooks:
                 self._holders[granule] -= 1
         self._free.give(free)
 
-    def _forget_restored(self, slot: _Slot) -> None:
+    def _forget_restored(self, slot: Slot) -> None:
         if self._restored.get(slot.owner) == slot.index:
             del self._restored[slot.owner]
 
-    def _shared_granules(self, slot: _Slot) -> int:
+    def _shared_granules(self, slot: Slot) -> int:
         """How many of the slot's granules other slots hold too; they are always its first ones."""
         return bisect_left(slot.granules, True, key=lambda granule: self._holders[granule] == 1)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the books contradict themselves."""
-        holders: dict[int, int] = {}
-        pins: dict[int, int] = {}
-        for slot in self._slots:
-            for granule in slot.granules:
-                holders[granule] = holders.get(granule, 0) + 1
-                if slot.running:
-                    pins[granule] = pins.get(granule, 0) + 1
-        assert holders == self._holders, "the counts of slots that hold a granule are wrong"
-        assert pins == self._pins, "the counts of running slots that hold a granule are wrong"
+        check_slots(self.geometry, self._slots, self._holders, self._pins)
         free = set(self._free)
         assert len(free) == len(self._free), "the count of free granules is wrong"
-        assert not free & holders.keys(), "a granule is free and held"
-        assert len(free) + len(holders) == self.total_granules, "granules were lost"
+        assert not free & self._holders.keys(), "a granule is free and held"
+        assert len(free) + len(self._holders) == self.total_granules, "granules were lost"
         running = {slot.index for slot in self._slots if slot.running}
         states = [*running, *self._donors, *self._free_slots]
         assert sorted(states) == list(range(len(self._slots))), "a slot is in two states or none"
+        assert all(self._slots[index].committed for index in self._donors), "a donor has nothing to give"
         for slot in self._slots:
-            counts = [holders[granule] for granule in slot.granules]
-            assert counts == sorted(counts, reverse=True), "shared granules are not the first of their slot"
-            assert slot.backed_tokens == self.geometry.tokens_in(len(slot.granules)), "backed_tokens is stale"
-            assert slot.committed <= slot.backed_tokens, "committed tokens without memory"
-            shared_bytes = sum(count > 1 for count in counts) * self.geometry.granule_bytes
-            own_from = slot.committed * self.geometry.kv_token_bytes
-            assert not slot.running or shared_bytes <= own_from, "a running slot would write into a shared granule"
             known = self._index.length(slot.index)
             assert known == slot.committed or (known == 0 and slot.index in self._donors), "the prefix index is stale"
-        assert all(self._slots[index].committed for index in self._donors), "a donor has nothing to give"
         self._index.check_integrity()

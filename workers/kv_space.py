@@ -16,8 +16,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from flexpert.hbm import BudgetError, HbmClient
-from flexpert.workers.kv_books import KvBooks
 from flexpert.workers.kv_geometry import KvGeometry
+from flexpert.workers.kv_trade import TradingKvBooks
 from flexpert.workers.memory import ArenaMemory, KvMemory, TorchMemory
 from flexpert.workers.scheduler import Scheduler
 from flexpert.workers.worker_config import MAX_DEFAULT_KV_BYTES, WorkerConfig, WorkerStartError
@@ -41,7 +41,7 @@ class KvSpace:
     """memory and books of one worker. Without a manager, or on a GPU, its size is fixed."""
 
     memory: KvMemory
-    books: KvBooks
+    books: TradingKvBooks
 
     def __init__(self, config: WorkerConfig, *, token_bytes: int, max_context_tokens: int) -> None:
         self._config = config
@@ -91,7 +91,7 @@ class KvSpace:
             shareable=True,
         )
         self._arena = ArenaMemory(arena, slots=self._slots, slot_bytes=arena.slot_bytes, token_bytes=self._token_bytes)
-        self.memory, self.books = self._arena, KvBooks(geometry, arena.granules)
+        self.memory, self.books = self._arena, TradingKvBooks(geometry, arena.granules)
 
     def open_private(self, *, to_come_bytes: int = 0) -> None:
         """to_come_bytes: what the epochs to come may need on the device at once beside what is there, where there is room for it."""
@@ -111,7 +111,7 @@ class KvSpace:
             shareable=False,
         )
         self.memory = TorchMemory(slots=slots, slot_bytes=slot_bytes, token_bytes=self._token_bytes, device=device)
-        self.books = KvBooks(geometry)
+        self.books = TradingKvBooks(geometry)
 
     def target_granules(self, held_bytes: int) -> int:
         """How many granules KV has beside so many bytes of experts."""

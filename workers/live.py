@@ -5,7 +5,7 @@ Called by the engine, on its thread. Who runs when is the scheduler's business; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -69,17 +69,17 @@ class LiveRequests:
         if live is not None:
             self._emit(live.owner, Failed(request_id=request_id, code=code, message=message))
 
-    def release(self) -> list[str]:
-        """Give all requests back to their owners, who submit them elsewhere. Returns their ids."""
-        by_owner: dict[Owner, list[str]] = {}
+    def release(self, targets: Mapping[str, str] | None = None) -> list[str]:
+        """Give all requests back to their owners, who submit them elsewhere, first to the worker that `targets` names. Their ids."""
+        parts: dict[tuple[Owner, str], list[str]] = {}
         for request_id, live in self._live.items():
-            by_owner.setdefault(live.owner, []).append(request_id)
+            parts.setdefault((live.owner, (targets or {}).get(request_id, "")), []).append(request_id)
         released = list(self._live)
         for request_id in released:
             self._cancel(request_id)
         self._live.clear()
-        for owner, request_ids in by_owner.items():
-            self._emit(owner, Released(request_ids=request_ids))
+        for (owner, target), request_ids in parts.items():
+            self._emit(owner, Released(request_ids=request_ids, target_worker_id=target))
         return released
 
     # A step

@@ -16,18 +16,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from flexpert.workers.devices import give_back_unused, is_cuda
 from flexpert.workers.engine import Engine
 from flexpert.workers.ep import EpochExperts, ExpertExchange
 from flexpert.workers.epoch import Epoch
-from flexpert.workers.fetch import Fetched, HeldExperts, Source, Weights
-from flexpert.workers.group import Flipped, Group, NextEpoch, Trouble
+from flexpert.workers.fetch import Source, Weights
+from flexpert.workers.group import Group, NextEpoch, Trouble
+from flexpert.workers.kv_move import KvSender
 from flexpert.workers.kv_space import KvSpace
 from flexpert.workers.model import BoundModel, expert_segments
 from flexpert.workers.model.layout import is_experts
+from flexpert.workers.prepared import MembershipError, PrepareAborted, PreparedEpoch
 from flexpert.workers.scheduler import Scheduler
 from flexpert.workers.transport import Transport
 
@@ -35,46 +36,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 BETWEEN_STEPS_TIMEOUT_S = 60.0
-
-
-class MembershipError(RuntimeError):
-    """This step of a transition is not possible now; the message says what is."""
-
-
-class PrepareAborted(MembershipError):
-    """The epoch was aborted, or its time was up, while it was being prepared."""
+COPY_MARGIN_S = 1.0  # of a prepare's time, kept from copying KV: what is not copied is computed again
+LAST_COPY_S = 1.0  # how long requests of a leaver wait for the rest of their KV to be copied
 
 
 Connect = Callable[[Epoch, int, float], Transport]  # (epoch, rank, timeout_s)
-
-
-@dataclass
-class _Prepared:
-    """An epoch that this worker can flip to, steps in, or stepped in. rank None: it leaves. epoch None: alone, by nobody's plan."""
-
-    epoch: Epoch | None
-    rank: int | None
-    names: tuple[str, ...]
-    fetched: Fetched = field(default_factory=Fetched)
-    held: HeldExperts | None = None
-    experts: EpochExperts | None = None
-    transport: Transport | None = None
-    following: NextEpoch = field(default_factory=lambda: NextEpoch(number=0))
-    answer: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def number(self) -> int:
-        return -1 if self.epoch is None else self.epoch.number
-
-    def close(self) -> None:
-        """Leave the epoch for good and unmap its experts, which nobody may use any more."""
-        if self.transport is not None:
-            self.transport.close()
-        self.experts = None
-        self.following.experts = self.following.exchange = self.following.group = None
-        if self.held is not None:
-            self.held.close()
-        self.held = self.transport = None
 
 
 class Membership:
@@ -90,16 +56,18 @@ class Membership:
         connect: Connect,
         cancel_connect: Callable[[int], None],
         context_tokens: int,
+        make_sender: Callable[[], KvSender],
     ) -> None:
         self._worker_id = worker_id
         self._weights, self._bound, self._kv = weights, bound, kv
         self._engine, self._scheduler = engine, scheduler
         self._connect, self._cancel_connect = connect, cancel_connect
         self._context_tokens = context_tokens
+        self._make_sender = make_sender
         self._lock = threading.RLock()
-        self._current: _Prepared | None = None
-        self._prepared: dict[int, _Prepared] = {}
-        self._former: list[_Prepared] = []
+        self._current: PreparedEpoch | None = None
+        self._prepared: dict[int, PreparedEpoch] = {}
+        self._former: list[PreparedEpoch] = []
         self._aborted: set[int] = set()
         self._retired: dict[str, Any] = {}
         self._fetching: tuple[str, ...] = ()
@@ -111,7 +79,7 @@ class Membership:
 
     def begin_alone(self, names: Sequence[str], held: Sequence[Sequence[int]]) -> EpochExperts:
         """Hold all experts and serve by oneself, without an epoch. Before the engine runs."""
-        alone = _Prepared(epoch=None, rank=0, names=tuple(names))
+        alone = PreparedEpoch(epoch=None, rank=0, names=tuple(names))
         alone.held = self._weights.experts(names)
         alone.experts = EpochExperts(self._bound, held, alone.held.memory)
         self._current = alone
@@ -140,7 +108,7 @@ class Membership:
             self._prepared[epoch.number] = made
             return made.answer
 
-    def _known(self, epoch: Epoch) -> _Prepared | None:
+    def _known(self, epoch: Epoch) -> PreparedEpoch | None:
         """What was made of this very epoch. Raises MembershipError for one that is over, or was made of something else."""
         current = self._current
         if current is not None and current.number >= epoch.number:
@@ -156,13 +124,15 @@ class Membership:
             )
         return known
 
-    def _share_of(self, epoch: Epoch) -> _Prepared:
+    def _share_of(self, epoch: Epoch) -> PreparedEpoch:
         rank = epoch.rank_of(self._worker_id)
         if rank is None:
-            return _Prepared(epoch=epoch, rank=None, names=(), following=NextEpoch(number=epoch.number, leaves=True))
-        return _Prepared(epoch=epoch, rank=rank, names=expert_segments(self._bound.layout, epoch.held_by(rank)))
+            return PreparedEpoch(
+                epoch=epoch, rank=None, names=(), following=NextEpoch(number=epoch.number, leaves=True)
+            )
+        return PreparedEpoch(epoch=epoch, rank=rank, names=expert_segments(self._bound.layout, epoch.held_by(rank)))
 
-    def _make(self, made: _Prepared, sources: Sequence[Source], until_s: float) -> None:
+    def _make(self, made: PreparedEpoch, sources: Sequence[Source], until_s: float) -> None:
         epoch, rank = made.epoch, made.rank
         assert epoch is not None
         seconds: dict[str, float] = {}
@@ -194,13 +164,16 @@ class Membership:
             mark("map")
             made.following = self._following(made, until_s)
             mark("connect")
+        else:
+            self._begin_to_leave(made, epoch, until_s)
+            mark("kv")
         made.answer = {
-            "moved_bytes": made.fetched.moved_bytes,
+            "moved_bytes": made.fetched.moved_bytes + (made.sender.moved_bytes if made.sender else 0),
             "loaded_bytes": made.fetched.loaded_bytes,
             "seconds": seconds,
         }
 
-    def _following(self, made: _Prepared, until_s: float) -> NextEpoch:
+    def _following(self, made: PreparedEpoch, until_s: float) -> NextEpoch:
         epoch, rank = made.epoch, made.rank
         assert epoch is not None
         assert rank is not None
@@ -214,13 +187,37 @@ class Membership:
         group = Group(epoch=epoch, rank=rank, transport=made.transport, exchange=exchange)
         return NextEpoch(number=epoch.number, group=group, experts=made.experts, exchange=exchange)
 
+    def _begin_to_leave(self, made: PreparedEpoch, epoch: Epoch, until_s: float) -> None:
+        """Copy the KV of what runs here to those who stay, while it goes on."""
+        made.sender = self._make_sender()
+        made.following.keeps = True
+        made.following.done.add_done_callback(
+            lambda _: threading.Thread(target=self._hand_over, args=(made,), name="hand-over", daemon=True).start()
+        )
+        made.sender.open(epoch)
+        made.sender.copy(until_s - COPY_MARGIN_S, lambda: self._check_time(epoch.number, until_s))
+
+    def _hand_over(self, made: PreparedEpoch) -> None:
+        """After the flip: copy what was computed meanwhile, then give the requests back."""
+        assert made.sender is not None
+        targets: dict[str, str] = {}
+        try:
+            made.sender.copy(time.monotonic() + LAST_COPY_S)
+            targets = made.sender.targets()
+        except Exception:
+            log.warning("the KV of the requests that leave could not be copied", exc_info=True)
+        try:
+            made.handed_over.set_result(self._engine.release(targets).result(BETWEEN_STEPS_TIMEOUT_S))
+        except Exception as error:
+            made.handed_over.set_exception(error)
+
     def _check_time(self, number: int, until_s: float) -> None:
         if number in self._aborted:
             raise PrepareAborted(f"epoch {number} was aborted while worker {self._worker_id} prepared it")
         if time.monotonic() > until_s:
             raise PrepareAborted(f"worker {self._worker_id} could not prepare epoch {number} in time")
 
-    def _undo(self, made: _Prepared) -> int:
+    def _undo(self, made: PreparedEpoch) -> int:
         """Forget what was made for an epoch that will not be; how many bytes that freed."""
         made.close()
         kept = self._names_in_use()
@@ -231,29 +228,44 @@ class Membership:
     # Commit, retire, abort
 
     def commit(self, number: int, deadline_s: float = 10.0) -> dict[str, Any]:
-        """{"pause_s", "step", "released"}, after the flip. Raises MembershipError; after a deadline the flip may still come."""
+        """{"pause_s", "step", "released", "kv_moved_bytes"}, after the flip. Raises MembershipError; after a deadline the flip may still
+        come."""
         with self._lock:
             self._settle()
             if self._current is not None and self._current.number == number:
-                return self._flip_answer(self._current.following.done.result())
+                return self._flip_answer(self._current, deadline_s)
             made = self._prepared.get(number)
             if made is None:
                 current = "none" if self._current is None else self._current.number
                 raise MembershipError(f"epoch {number} is not prepared here (current: {current}); prepare it first")
             self._engine.enter(made.following)
         try:
-            flipped = made.following.done.result(deadline_s)
+            made.following.done.result(deadline_s)
         except TimeoutError:
             raise MembershipError(
                 f"epoch {number}: the ranks did not flip within {deadline_s:g} s; a member was not told to commit, or hangs"
             ) from None
         with self._lock:
             self._settle()
-        return self._flip_answer(flipped)
+        return self._flip_answer(made, deadline_s)
 
     @staticmethod
-    def _flip_answer(flipped: Flipped) -> dict[str, Any]:
-        return {"pause_s": flipped.pause_s, "step": flipped.step, "released": list(flipped.released)}
+    def _flip_answer(made: PreparedEpoch, deadline_s: float) -> dict[str, Any]:
+        flipped = made.following.done.result()
+        if made.sender is None:
+            return {
+                "pause_s": flipped.pause_s,
+                "step": flipped.step,
+                "released": list(flipped.released),
+                "kv_moved_bytes": 0,
+            }
+        released = made.handed_over.result(deadline_s)
+        return {
+            "pause_s": flipped.pause_s,
+            "step": flipped.step,
+            "released": released,
+            "kv_moved_bytes": made.sender.moved_bytes,
+        }
 
     def retire(self, number: int) -> dict[str, Any]:
         """{"freed_bytes", "kv_bytes", "pause_s"}: epochs before `number` are over for all. Raises MembershipError before the flip."""

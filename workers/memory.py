@@ -44,6 +44,17 @@ def copy_tokens(tensor: torch.Tensor, op: CopyTokens, token_bytes: int) -> None:
     tensor[op.slot, span].copy_(tensor[op.source_slot, span])
 
 
+def read_tokens(tensor: torch.Tensor, slot: int, first: int, end: int, token_bytes: int) -> bytes:
+    """The KV of tokens [first, end) of a slot."""
+    return tensor[slot, first * token_bytes : end * token_bytes].cpu().numpy().tobytes()
+
+
+def write_tokens(tensor: torch.Tensor, slot: int, first: int, data: bytes, token_bytes: int) -> None:
+    """KV that `read_tokens` gave elsewhere, to the same positions of a slot that is backed there."""
+    begin = first * token_bytes
+    tensor[slot, begin : begin + len(data)].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+
 class ArenaMemory:
     """KV in an arena of the HBM manager."""
 

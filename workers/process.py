@@ -24,9 +24,10 @@ from flexpert.workers.engine import Engine, Owner
 from flexpert.workers.epoch import decode
 from flexpert.workers.fetch import Progress, Source
 from flexpert.workers.group import Trouble
-from flexpert.workers.membership import Membership, MembershipError
+from flexpert.workers.membership import Membership
 from flexpert.workers.messages import Welcome, WorkerFrame
 from flexpert.workers.model import check_servable
+from flexpert.workers.prepared import MembershipError
 from flexpert.workers.server import WorkerServer
 from flexpert.workers.threads import run_apart
 from flexpert.workers.worker_config import WorkerConfig, WorkerStartError

@@ -22,7 +22,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flexpert.workers.kv_books import KvBooks
+from flexpert.workers.kv_trade import TradingKvBooks
 from flexpert.workers.messages import Finished, Submit
 from flexpert.workers.request import Request, RequestRejected, check_request
 from flexpert.workers.step import MemoryOp, Row, StepPlan
@@ -67,7 +67,7 @@ class SchedulerStats:
 
 
 class Scheduler:
-    def __init__(self, config: SchedulerConfig, books: KvBooks) -> None:
+    def __init__(self, config: SchedulerConfig, books: TradingKvBooks) -> None:
         self._config = config
         self._books = books
         self._waiting: OrderedDict[str, Request] = OrderedDict()
@@ -145,6 +145,29 @@ class Scheduler:
         while self._books.available_granules < count:
             self._preempt(next(reversed(self._running.values())))
         return self._books.remove_granules(count), self._books.take_ops()
+
+    def computed(self, request_id: str) -> tuple[int, list[int]] | None:
+        """The slot of a running request, and the tokens whose KV is committed there. None for one that does not run."""
+        request = self._running.get(request_id)
+        if request is None or request.slot is None:
+            return None
+        return request.slot, request.tokens[: request.computed]
+
+    def running(self) -> list[tuple[str, int]]:
+        """Request ids in order of arrival, and of how many tokens KV is committed."""
+        return [(request.request_id, request.computed) for request in self._running.values()]
+
+    def import_kv(
+        self, request_id: str, slot: int | None, first: int, tokens: Sequence[int]
+    ) -> tuple[int, tuple[MemoryOp, ...]] | None:
+        """Room for KV that another worker computed, as a donor from which the request will go on here (TradingKvBooks.import_tokens).
+        Between two steps only: carry out the operations, write the KV, then `imported`."""
+        taken = self._books.import_tokens(request_id, slot, first, tokens)
+        return None if taken is None else (taken, self._books.take_ops())
+
+    def imported(self, slot: int, tokens: Sequence[int]) -> tuple[MemoryOp, ...]:
+        self._books.imported(slot, tokens)
+        return self._books.take_ops()
 
     def schedule(self) -> StepPlan | None:
         """The next step; None where there is no request. Each plan comes back by complete or abandon before the next."""

@@ -32,6 +32,7 @@ class Gateway:
     def __init__(self) -> None:
         self.clients: dict[str, Client] = {}
         self.homeless: list[str] = []
+        self.targets: dict[str, str] = {}  # where a released request should go first
         self.errors: list[str] = []
         self.changed = threading.Condition()
 
@@ -53,6 +54,7 @@ class Gateway:
                     self.clients[end.request_id].reason = end.reason
             elif isinstance(frame, Released):
                 self.homeless += frame.request_ids
+                self.targets.update(dict.fromkeys(frame.request_ids, frame.target_worker_id))
             elif isinstance(frame, Failed):
                 self.errors.append(f"{worker}: {frame}")
             self.changed.notify_all()
@@ -168,17 +170,22 @@ class Cluster:
 
     def prepare(self, names: list[str]) -> dict[str, dict]:
         """Start who is missing, prepare the next epoch everywhere; the answers by worker."""
+        self.plan(names)
+        return self.prepare_at(sorted(self.workers))
+
+    def plan(self, names: list[str]) -> None:
+        """The next epoch; who is missing is started."""
         self.number += 1
         draft = self.draft(names)
         for name in names:
             if name not in self.workers:
                 self.start(name, draft)
         self.next = self.draft(names)
-        return self.each(
-            sorted(self.workers), lambda worker: worker.prepare(encode(self.next), self.sources(names), 30.0)
-        )
 
-    def sources(self, names: list[str]) -> list[str]:
+    def prepare_at(self, names: list[str]) -> dict[str, dict]:
+        return self.each(names, lambda worker: worker.prepare(encode(self.next), self.sources(), 30.0))
+
+    def sources(self) -> list[str]:
         return [self.manager(name) for name in self.workers]
 
     def commit(self) -> dict[str, dict]:

@@ -15,8 +15,8 @@ from tests.workers.elastic import Gateway
 from flexpert.workers.engine import Engine
 from flexpert.workers.epoch import Epoch, Member
 from flexpert.workers.group import Group, NextEpoch
-from flexpert.workers.kv_books import KvBooks
 from flexpert.workers.kv_geometry import KvGeometry
+from flexpert.workers.kv_trade import TradingKvBooks
 from flexpert.workers.messages import SamplingParams, Submit
 from flexpert.workers.sampling import Sampler
 from flexpert.workers.scheduler import Scheduler, SchedulerConfig
@@ -119,7 +119,9 @@ class PlayedWorker:
         geometry = KvGeometry(
             slots=SLOTS, max_context_tokens=CONTEXT, kv_token_bytes=1, granule_bytes=CONTEXT, shareable=False
         )
-        self.scheduler = Scheduler(SchedulerConfig(max_running=3, max_batch_tokens=max_batch_tokens), KvBooks(geometry))
+        self.scheduler = Scheduler(
+            SchedulerConfig(max_running=3, max_batch_tokens=max_batch_tokens), TradingKvBooks(geometry)
+        )
         self.runner = PlayedRunner(memory)
         self.troubles: list = []
         self.engine = Engine(

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from random import Random
 
 from flexpert.hbm.ops import Claim, Map, Unmap
-from flexpert.workers.kv_books import KvBooks
 from flexpert.workers.kv_geometry import KvGeometry
+from flexpert.workers.kv_trade import TradingKvBooks
 from flexpert.workers.messages import SamplingParams, Submit
 from flexpert.workers.scheduler import Scheduler, SchedulerConfig
 from flexpert.workers.step import CopyTokens, MemoryOp, Row, StepPlan
@@ -171,10 +171,11 @@ class World:
         self.oldest = ""
         self.count = 0
         self.crashes = 0
+        self.imported_tokens = 0
         self._start([])
 
     def _start(self, records: list[Record]) -> None:
-        self.books = KvBooks(self.geometry, self.granules, ahead_granules=self.ahead)
+        self.books = TradingKvBooks(self.geometry, self.granules, ahead_granules=self.ahead)
         if records:
             self.books.restore(records)
         self.scheduler = Scheduler(self.config, self.books)
@@ -317,6 +318,40 @@ class World:
         assert len(removed) == (max(0, min(count, before - kept)) if self.geometry.shareable else 0)
         assert self.books.total_granules == len(self.granules) * self.geometry.shareable
 
+    def arrive(self, frame: Submit, emitted: int, pieces: list[int], rng: Random) -> None:
+        """A request comes from another worker: its KV in pieces that end at these tokens, steps between them, then itself."""
+        self.everything[frame.request_id] = frame
+        output = expected_output(frame)[0]
+        tokens = frame.prompt_token_ids + output[:emitted]
+        slot, first = None, 0
+        for end in pieces:
+            room = self.scheduler.import_kv(frame.request_id, slot, first, tokens[first:end])
+            if room is None:
+                break
+            slot, ops = room
+            for op in ops:
+                self.apply(op)
+            width = self.geometry.kv_token_bytes
+            for t, name in enumerate(histories(tokens[:end])[first:], first):
+                for j in range(width):
+                    self.arena.write(slot, t * width + j, (name, j))
+            for op in self.scheduler.imported(slot, tokens[first:end]):
+                self.apply(op)
+            first = end
+            self.imported_tokens = end
+            self.scheduler.check_integrity()
+            self._check_books_and_arena()
+            if rng.random() < 0.5:
+                self.step()
+        again = Submit(
+            request_id=frame.request_id,
+            prompt_token_ids=frame.prompt_token_ids,
+            params=frame.params,
+            emitted_token_ids=output[:emitted],
+        )
+        assert self.scheduler.submit(again) is None
+        self.live[frame.request_id] = Client(frame, list(output[:emitted]), [True] * len(frame.prompt_token_ids))
+
     # What must hold
 
     def _check_plan(self, plan: StepPlan | None) -> None:
@@ -421,13 +456,27 @@ def submit_something(world: World, rng: Random) -> str:
     )
 
 
+def arrive_from_elsewhere(world: World, rng: Random) -> None:
+    context = world.geometry.max_context_tokens
+    world.count += 1
+    prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, context - 1))]
+    params = SamplingParams(max_tokens=context - len(prompt), seed=rng.randrange(3))
+    frame = Submit(request_id=f"r{world.count}", prompt_token_ids=prompt, params=params)
+    emitted = rng.randint(0, params.max_tokens - 1)
+    computed = rng.randint(0, len(prompt) + emitted - 1)
+    pieces = sorted({rng.randint(1, computed) for _ in range(rng.randint(1, 3))} | {computed}) if computed else []
+    world.arrive(frame, emitted, pieces, rng)
+
+
 def run_trace(rng: Random, events: int) -> World:
     """Random events in a random world, then quiet until all is done; every check of the world on the way."""
     world = random_world(rng)
     disturbances = 0
     for _ in range(rng.randint(1, events)):
         kind = rng.random()
-        if kind < 0.3 or not world.live:
+        if kind < 0.04:
+            arrive_from_elsewhere(world, rng)
+        elif kind < 0.3 or not world.live:
             submit_something(world, rng)
         elif kind < 0.74:
             world.step()

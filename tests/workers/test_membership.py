@@ -84,6 +84,31 @@ def test_workers_join_and_leave_under_load_and_no_token_changes(cluster, expecte
     assert gateway.wait_all() == {f"{i}{name}": tokens for i in range(rounds) for name, tokens in expected.items()}
 
 
+def test_a_leavers_requests_go_on_without_being_computed_again(cluster, expected):
+    cluster.scale(["worker-0", "worker-1"])
+    cluster.plan(["worker-1"])
+    cluster.prepare_at(["worker-1"])
+    for submit in requests():
+        cluster.submit(submit, "worker-0")
+    cluster.gateway.wait(lambda gateway: all(len(client.emitted) > 30 for client in gateway.clients.values()))
+    prepared = cluster.prepare_at(["worker-0"])["worker-0"]
+    committed = cluster.commit()["worker-0"]
+    clients = [cluster.gateway.clients[name] for name in committed["released"]]
+    assert len(clients) == len(expected)
+    live_tokens = sum(len(client.submit.prompt_token_ids) + len(client.emitted) - 1 for client in clients)
+    live_bytes = live_tokens * cluster.workers["worker-1"]._parts.kv._token_bytes
+    moved_bytes = committed["kv_moved_bytes"]
+    assert 0 < prepared["moved_bytes"] <= moved_bytes
+    assert 0.95 * live_bytes <= moved_bytes <= 1.05 * live_bytes
+    assert set(cluster.gateway.targets.values()) == {"worker-1"}
+    cluster.rehome()
+    cluster.retire()
+    cluster.workers.pop("worker-0").release()
+    assert cluster.gateway.wait_all() == expected
+    stats = cluster.workers["worker-1"].status()["stats"]
+    assert stats["prefill_tokens"] <= 2 * len(expected), "KV that had been moved was computed again"
+
+
 def test_kv_takes_over_what_experts_give_up_and_back(cluster):
     cluster.scale(["worker-0"])
     status = cluster.workers["worker-0"].status()

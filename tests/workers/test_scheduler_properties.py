@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from tests.workers.kv_world import World, random_world, run_trace, submit_something
+from tests.workers.kv_world import World, arrive_from_elsewhere, random_world, run_trace, submit_something
 
 RANDOMS = st.randoms(use_true_random=False)
 
@@ -53,6 +53,10 @@ class Worker(RuleBasedStateMachine):
     def lose_a_step(self) -> None:
         self.disturbances += 1
         self.world.step(abandon=True)
+
+    @rule(rng=RANDOMS)
+    def a_request_comes_from_elsewhere_with_its_kv(self, rng: Random) -> None:
+        arrive_from_elsewhere(self.world, rng)
 
     @rule(count=st.integers(1, 6))
     def grow_the_arena(self, count: int) -> None:
