@@ -58,6 +58,11 @@ class LocalCluster:
                 time.sleep(0.02)
         raise TimeoutError(f"the cluster is not ready after {READY_TIMEOUT_S:g} s:\n{self.log.read_text()[-2000:]}")
 
+    @property
+    def running(self) -> bool:
+        """Whether `up` itself still runs."""
+        return self._process is not None and self._process.poll() is None
+
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "flexpert.cli", *arguments], env=self._environment, capture_output=True, text=True

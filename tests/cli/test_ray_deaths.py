@@ -20,7 +20,12 @@ def test_death_of_a_private_ray_ends_the_cluster_with_the_reason(runtime: Path, 
     cluster = Cluster.up(runtime, tiny_model, "--standby", "0").wait_ready()
     try:
         status = cluster.status()
-        pids = [status["controller"]["pid"], status["gateway"]["pid"], status["workers"][0]["pid"], status["manager"]["pid"]]
+        pids = [
+            status["controller"]["pid"],
+            status["gateway"]["pid"],
+            status["workers"][0]["pid"],
+            status["manager"]["pid"],
+        ]
         others = [ProcessId.of(pid) for pid in pids]
         (victim,) = [found for found in children(ProcessId.of(cluster.process.pid)) if found.name == name]
         os.kill(victim.pid, signal.SIGKILL)
