@@ -163,9 +163,10 @@ class ManagedWeights:
     def experts(self, names: Sequence[str]) -> HeldExperts:
         if not names:
             return HeldExperts(torch.empty(0, dtype=torch.uint8, device=self._device))
-        mapped = self._client.map_weights(self._key, names, populate=True)
+        on_host = self._device.type == "cpu"  # else it is read once, and filling page tables holds up other threads
+        mapped = self._client.map_weights(self._key, names, populate=on_host)
         memory = bytes_at(mapped.address, mapped.nbytes)
-        if self._device.type == "cpu":
+        if on_host:
             return HeldExperts(memory, mapped)
         copied = copy_to(memory, self._device)
         del memory

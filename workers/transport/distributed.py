@@ -9,6 +9,7 @@ gone is known by name. What can still go wrong inside of a collective ends by it
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -28,6 +29,8 @@ from flexpert.workers.transport.handshake import parse_address
 from flexpert.workers.transport.listener import ExchangeListener
 from flexpert.workers.transport.nccl import NcclGroup
 from flexpert.workers.transport.pairs import ConnectError, connect_pairs
+
+log = logging.getLogger(__name__)
 
 _ALIGNMENT_BYTES = 64
 
@@ -87,6 +90,7 @@ def connect_distributed(
     except BaseException:
         doorbells.close()
         raise
+    log.info("epoch %d: rank %d of %d exchanges by %s", epoch.number, rank, epoch.size, kind)
     wire = torch.device("cpu") if kind == "gloo" else device
     return DistributedTransport(rank, epoch.size, device, group, doorbells, wire=wire)
 
