@@ -60,7 +60,7 @@ class Actors:
             self._tell("died", f"{component}: {reason}", component=component)
             self._report(Died(component, reason))
 
-    def _note_pid(self, component: str, pid: int) -> None:
+    def _keep_pid(self, component: str, pid: int) -> None:
         process = ProcessId.of(pid, component)
         if process is not None:
             self._pids[component] = process

@@ -20,6 +20,7 @@ from flexpert.controller.devices import DeviceFailed, Devices
 from flexpert.controller.gateway_actor import GatewayActor
 from flexpert.controller.members import Members
 from flexpert.controller.node_agent import NodeAgent
+from flexpert.controller.placement import Place, bundle, places
 from flexpert.controller.ray_cluster import ActorGone
 from flexpert.controller.spec import ClusterSpec, device_of
 from flexpert.controller.supervision_types import (
@@ -43,6 +44,8 @@ FIND_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 10.0
 DRAIN_GRACE_S = 5.0  # beyond the time in which the gateway itself ends what is left
 AGAIN_S = 0.5
+PLACE_TIMEOUT_S = 5.0
+AGENT_CPUS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +80,55 @@ class Components(Actors):
         self._shape_known = bool(shape)
         self._telling_workers = asyncio.Lock()
         self._needed_devices: set[str] = set()
+        self._places: dict[str, Place] = {}
         self.devices = Devices(
             managers, call=ray_cluster.call, spawn=self._background, tell=tell,
             lost=lambda device, reason: send(t.ManagerDied(worker_of(device), reason)),
-            unwatchable=lambda agent, reason: self._lost(AGENT, agent, reason),
+            unwatchable=self._lose_agent,
         )  # fmt: skip
         self.members = Members(
-            spec, actor=self._actors.get, socket=self.devices.socket, spawn=self._background, send=send, tell=tell
-        )
+            spec, self._places, actor=self._actors.get, socket=self.devices.socket, spawn=self._background, send=send, tell=tell
+        )  # fmt: skip
 
     @property
     def progress(self) -> dict[str, tuple[int, int]]:
         """Worker -> bytes loaded, bytes in all, while it loads."""
         return self.members.progress
+
+    async def place(self) -> dict[str, str]:
+        """Find out where the devices are; worker -> agent. Where Ray cannot hold them all, they are those of this node."""
+        workers, own = self.spec.worker_ids, ray_cluster.own_node()
+        try:
+            gpus_each = min(1.0, self.spec.num_gpus / len(workers))
+            bundles = [bundle(self.spec.device, gpus_each=gpus_each)] * len(workers)
+            nodes = await ray_cluster.place_devices(self._name("devices"), bundles, timeout_s=PLACE_TIMEOUT_S)
+        except ray_cluster.RayUnavailable as error:
+            self._tell("placement", f"{error}; all devices are taken to be on this node")
+            nodes = [own] * len(workers)
+        self._places.update(places(workers, nodes, own=own))
+        for agent in sorted(set(self._agents()) - {AGENT}):
+            found = [worker for worker, place in self._places.items() if place.agent == agent]
+            self._tell("placement", f"{', '.join(found)} on node {self._places[found[0]].node.host} ({agent})")
+        return {worker: place.agent for worker, place in self._places.items()}
+
+    def _agents(self) -> list[str]:
+        return list(dict.fromkeys([AGENT, *(place.agent for place in self._places.values())]))
+
+    def _agent_of(self, device: str) -> str:
+        return self._places[worker_of(device)].agent
+
+    def _node_of(self, agent: str) -> str | None:
+        """The id of an agent's node; None for our own."""
+        return next((place.node.node_id for place in self._places.values() if place.agent == agent), None)
+
+    def _is_local(self, agent: str) -> bool:
+        """Whether the pids of that node are pids here."""
+        return all(place.local for place in self._places.values() if place.agent == agent)
+
+    def _lose_agent(self, actor: Any, reason: str) -> None:
+        agent = next((agent for agent in self._agents() if self._actors.get(agent) is actor), "")
+        if agent:
+            self._lost(agent, actor, reason)
 
     # Instructions
 
@@ -105,13 +144,14 @@ class Components(Actors):
                 **self._log(agent),
             }
             actor = ray_cluster.create_actor(
-                NodeAgent, self._name(agent), arguments, num_cpus=1, num_gpus=self.spec.num_gpus
+                NodeAgent, self._name(agent), arguments, num_cpus=AGENT_CPUS, node=self._node_of(agent)
             )
             self._keep(agent, actor)
         actor = self._actors[agent]
-        self._note_pid(agent, await ray_cluster.call(actor, "pid"))
+        self._note_pid(agent, await ray_cluster.call(actor, "pid"), agent)
         try:
-            await asyncio.gather(*(self.devices.ensure(device, actor) for device in sorted(self._needed_devices)))
+            needed = [device for device in sorted(self._needed_devices) if self._agent_of(device) == agent]
+            await asyncio.gather(*(self.devices.ensure(device, actor) for device in needed))
         except DeviceFailed as error:
             self._refused(agent, {"failure": error.failure.to_json()})
             return
@@ -120,30 +160,33 @@ class Components(Actors):
     def need_devices(self, devices: set[str]) -> None:
         """These have a manager from now on; others do not."""
         self._needed_devices = set(devices)
-        if AGENT in self._actors and AGENT not in self._orders:
-            self._background(self._adjust_devices(self._actors[AGENT]))
+        for agent in self._agents():
+            if agent in self._actors and agent not in self._orders:
+                self._background(self._adjust_devices(agent, self._actors[agent]))
 
-    async def _adjust_devices(self, agent: Any) -> None:
+    async def _adjust_devices(self, agent: str, actor: Any) -> None:
         for device in sorted({*self.devices.running(), *self._needed_devices}):
+            if self._agent_of(device) != agent:
+                continue
             try:
                 if device in self._needed_devices:
-                    await self.devices.ensure(device, agent)
+                    await self.devices.ensure(device, actor)
                 else:
                     await self.devices.stop(device)
             except DeviceFailed as error:
                 log.warning("%s: %s", device, error)  # told when a worker wants it
 
     def spawn_process(self, order: SpawnProcess) -> None:
-        self._order(order.process, self._spawn_process(order.process, order.urgent))
+        self._order(order.process, self._spawn_process(order.process, order.agent, order.urgent))
 
-    async def _spawn_process(self, name: str, urgent: bool) -> None:
+    async def _spawn_process(self, name: str, agent: str, urgent: bool) -> None:
         environment = worker_environment(threads=self.spec.worker_threads)
         arguments = {"environment": environment, "process": self.spec.worker_process, **self._log(name)}
-        actor = ray_cluster.create_actor(WorkerActor, self._name(name), arguments)
+        actor = ray_cluster.create_actor(WorkerActor, self._name(name), arguments, node=self._node_of(agent))
         self._keep(name, actor)
         answer = await ray_cluster.call(actor, "warm", str(self.spec.model_dir), self.spec.device, urgent)
         if not self._refused(name, answer):
-            self._note_pid(name, answer["pid"])
+            self._note_pid(name, answer["pid"], agent)
             self._tell("warm", f"{name} is warm (pid {answer['pid']})", seconds=answer["warm_s"], process=name)
             self._send(ProcessWarm(name))
 
@@ -155,7 +198,8 @@ class Components(Actors):
         try:
             if not self._shape_known:
                 await self._ask_shape(process)
-            await self.devices.ensure(device_of(worker_id), self._actors[AGENT])
+            device = device_of(worker_id)
+            await self.devices.ensure(device, self._actors[self._agent_of(device)])
         except DeviceFailed as error:
             failure = error.failure
             text = f"{worker_id} gets no process: {failure.message}"
@@ -202,7 +246,7 @@ class Components(Actors):
         if self._refused(GATEWAY, answer):
             return
         self.port = answer["port"]
-        self._note_pid(GATEWAY, answer["pid"])
+        self._note_pid(GATEWAY, answer["pid"], AGENT)
         self._tell("gateway", f"gateway listens on port {self.port} (pid {answer['pid']})", **answer)
         self._send(GatewayReady(generation))
 
@@ -250,7 +294,8 @@ class Components(Actors):
 
     async def stop_all(self) -> None:
         """Gateway and workers first, then the managers, then the agent."""
-        agent = self._actors.pop(AGENT, None)
+        self.devices.let_go()
+        agents = {agent: self._actors.pop(agent) for agent in self._agents() if agent in self._actors}
         workers = {name: self._actors.pop(name) for name in list(self._actors) if name != GATEWAY}
         self.kill(GATEWAY)
         stops = (asyncio.wait_for(ray_cluster.call(actor, "stop"), STOP_TIMEOUT_S) for actor in workers.values())
@@ -260,12 +305,13 @@ class Components(Actors):
         for name, actor in workers.items():
             self.kill(name)
             ray_cluster.kill_actor(actor)
-        if agent is not None:
+        for name, agent in agents.items():
             try:
                 await asyncio.wait_for(ray_cluster.call(agent, "stop_managers"), STOP_TIMEOUT_S)
             except Exception as error:
-                log.warning("the HBM managers were not stopped by its agent: %r", error)
+                log.warning("the HBM managers of %s were not stopped by it: %r", name, error)
             ray_cluster.kill_actor(agent)
+        ray_cluster.remove_placement(self._name("devices"))
 
     # What is there
 
@@ -273,7 +319,11 @@ class Components(Actors):
         """Take over the actors that an earlier controller left, as events for before Begin. processes: name -> (worker or "", agent); one
         that was to be a worker and is none yet is ended, since nobody knows how far it came."""
         found: list[Event] = []
-        names = {AGENT: AGENT, f"{GATEWAY}-{generation}": GATEWAY, **{name: name for name in processes}}
+        names = {
+            **{agent: agent for agent in self._agents()},
+            f"{GATEWAY}-{generation}": GATEWAY,
+            **{name: name for name in processes},
+        }
         events = await asyncio.gather(
             *(self._take_over(name, component, generation, processes) for name, component in names.items())
         )
@@ -304,9 +354,9 @@ class Components(Actors):
     async def _identify(
         self, component: str, actor: Any, generation: int, processes: Mapping[str, tuple[str, str]]
     ) -> Event | None:
-        self._note_pid(component, await ray_cluster.call(actor, "pid"))
+        worker_id, agent = processes.get(component, ("", component if component in self._agents() else AGENT))
+        self._note_pid(component, await ray_cluster.call(actor, "pid"), agent)
         if component in processes:
-            worker_id, agent = processes[component]
             status = await ray_cluster.call(actor, "status")
             if status and status["worker_id"] == worker_id:
                 return ProcessFound(component, worker_id, agent)
@@ -320,8 +370,9 @@ class Components(Actors):
             return GatewayReady(generation)
         for info in status["devices"].values():
             self.devices.found(info, actor)
-        for device in self._needed_devices:
-            await self.devices.ensure(device, actor)
+        for device in sorted(self._needed_devices):
+            if self._agent_of(device) == component:
+                await self.devices.ensure(device, actor)
         return AgentReady(component)
 
     async def status(self, component: str) -> dict[str, Any]:
@@ -337,8 +388,9 @@ class Components(Actors):
 
     async def device_status(self) -> dict[str, dict[str, Any]]:
         """Device -> what its manager tells."""
-        status = await self.status(AGENT)
-        return dict(sorted(status.get("devices", {}).items()))
+        agents = await asyncio.gather(*(self.status(agent) for agent in self._agents()))
+        found = {device: info for agent in agents for device, info in agent.get("devices", {}).items()}
+        return dict(sorted(found.items()))
 
     def measure_load(self, processes: list[str]) -> None:
         """LoadMeasured follows, where there was any."""
@@ -348,6 +400,11 @@ class Components(Actors):
         load = await self.members.expert_load(processes)
         if load is not None:
             self._send(t.LoadMeasured(load))
+
+    def _note_pid(self, component: str, pid: int, agent: str) -> None:
+        """So that one that is stopped can be ended: where its pid means something here."""
+        if self._is_local(agent):
+            self._keep_pid(component, pid)
 
     # Names
 

@@ -18,11 +18,11 @@ from typing import Any
 from flexpert.controller import supervision_types as s
 from flexpert.controller import transition_types as t
 from flexpert.controller.components import Components, ShapeFailed, ShapeKnown
-from flexpert.controller.conductor import Action
+from flexpert.controller.conductor import Action, Conductor
 from flexpert.controller.desk import Desk
 from flexpert.controller.errors import AdminError
 from flexpert.controller.journal import Journal
-from flexpert.controller.runs import first_state, make_conductor, run_of, transition_config
+from flexpert.controller.runs import first_state, forget_other_run, make_conductor, transition_config
 from flexpert.controller.spec import ClusterSpec, device_of
 from flexpert.controller.transition import Transitions
 from flexpert.workers.process_log import open_process_log
@@ -41,8 +41,7 @@ class Controller:
         open_process_log(Path(log_path), spec.log_level)
         self._spec = spec
         self._journal = Journal(spec.runtime)
-        self._conductor = make_conductor(spec, self._journal.facts)
-        self._journal.facts.run = run_of(spec)
+        self._conductor: Conductor
         self._desk = Desk()
         self._running: asyncio.Task[None] | None = None
         self._begun = asyncio.Event()
@@ -165,7 +164,13 @@ class Controller:
     async def _ensure_running(self) -> None:
         """Start at the first call; no call is answered before it is known what an earlier controller left running."""
         if self._running is None:
+            self._running = asyncio.create_task(self._run())
+        await self._begun.wait()
+
+    async def _run(self) -> None:
+        try:
             facts = self._journal.facts
+            forget_other_run(self._spec, facts)
             self._components = Components(
                 self._spec,
                 send=self._queue.put_nowait,
@@ -173,12 +178,7 @@ class Controller:
                 shape=facts.model,
                 managers=facts.managers,
             )
-            self._running = asyncio.create_task(self._run())
-        await self._begun.wait()
-
-    async def _run(self) -> None:
-        try:
-            facts = self._journal.facts
+            self._conductor = make_conductor(self._spec, facts, await self._components.place())
             self._need_devices()
             found = await self._components.find(dict(facts.processes), facts.generation)
             for event in found:
@@ -368,11 +368,13 @@ class Controller:
         self._tell("stopped", "everything has ended")
 
     def _tell_of_components(self, kind: str, text: str, **details: Any) -> None:
-        _, worker_id = self._conductor.supervision.processes().get(details.get("component", ""), ("", ""))
-        if kind == "died" and worker_id and self._conductor.transitions is not None:
-            log.info("%s", text)  # the transitions tell it, by the name of the worker
-        else:
-            self._tell(kind, text, **details)
+        """The death of a worker's process is told by the transitions, by the name of the worker."""
+        if kind == "died" and self._conductor.transitions is not None:
+            _, worker_id = self._conductor.supervision.processes().get(details["component"], ("", ""))
+            if worker_id:
+                log.info("%s", text)
+                return
+        self._tell(kind, text, **details)
 
     def _tell(self, kind: str, text: str, **details: Any) -> None:
         log.info("%s", text)

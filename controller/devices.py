@@ -100,6 +100,11 @@ class Devices:
             self._tell("died", reason, component="manager", device=device)
             self._lost(device, reason)
 
+    def let_go(self) -> None:
+        """All managers are about to be stopped: their ends are no losses."""
+        self._infos.clear()
+        self._agents.clear()
+
     def _forget(self, device: str) -> None:
         self._infos.pop(device, None)
         self._agents.pop(device, None)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from flexpert.controller import ray_cluster
 from flexpert.controller import transition_types as t
 from flexpert.controller.drills import Drills
+from flexpert.controller.placement import Place, reachable
 from flexpert.controller.ray_cluster import ActorGone
 from flexpert.controller.spec import ClusterSpec, device_of
 from flexpert.workers.actor import StartFailure
@@ -29,11 +30,13 @@ TROUBLE_AGAIN_S = 0.5
 
 
 class Members:
-    """actor: process name -> its actor, None where it was ended. socket: device -> where its HBM manager listens."""
+    """places: worker -> where its device is. actor: process name -> its actor, None where it was ended. socket: device -> where its HBM
+    manager listens."""
 
     def __init__(
         self,
         spec: ClusterSpec,
+        places: Mapping[str, Place],
         *,
         actor: Callable[[str], Any],
         socket: Callable[[str], str],
@@ -41,7 +44,7 @@ class Members:
         send: Callable[[t.Event], None],
         tell: Callable[..., None],
     ) -> None:
-        self._spec, self._actor, self._socket = spec, actor, socket
+        self._spec, self._places, self._actor, self._socket = spec, places, actor, socket
         self._spawn, self._send, self._tell = spawn, send, tell
         self._drills = Drills(spec.drill_dir)
         self.progress: dict[str, tuple[int, int]] = {}
@@ -77,17 +80,20 @@ class Members:
         self.follow(order.worker_id, order.process)
 
     def _config(self, order: t.StartWorker) -> dict[str, Any]:
-        spec = self._spec
-        socket = spec.runtime.worker_socket(order.worker_id, order.incarnation)
-        exchange = spec.runtime.exchange_socket(order.worker_id, order.incarnation)
+        spec, place = self._spec, self._places[order.worker_id]
+        if all(found.local for found in self._places.values()):
+            address = f"unix:{spec.runtime.worker_socket(order.worker_id, order.incarnation)}"
+            exchange = f"unix:{spec.runtime.exchange_socket(order.worker_id, order.incarnation)}"
+        else:
+            address = exchange = f"tcp:{place.node.host}:0"
         return {
             "worker_id": order.worker_id,
             "incarnation": order.incarnation,
             "model_dir": spec.model_dir,
             "model_id": spec.model_id,
             "cluster_token": spec.cluster_token,
-            "address": f"unix:{socket}",
-            "device": spec.torch_device(order.worker_id),
+            "address": address,
+            "device": spec.torch_device(place.index),
             "dtype": spec.dtype,
             "manager_socket": self._socket(device_of(order.worker_id)),
             "max_running": spec.max_running,
@@ -96,11 +102,16 @@ class Members:
             "kv_bytes": spec.kv_bytes,
             "threads": spec.worker_threads,
             "epoch": encode(order.draft),
-            "exchange_address": f"unix:{exchange}",
-            "sources": _sources(order.sources),
+            "exchange_address": exchange,
+            "sources": self._sources(order),
             "step_timeout_s": spec.step_timeout_s,
             "transport": spec.transport,
         }
+
+    def _sources(self, order: t.StartWorker | t.Prepare) -> list[tuple[str, tuple[int, ...]]]:
+        """As workers take them: a manager's socket with the slab groups to read there. Only of its own machine: the rest is on disk."""
+        there = reachable(order.worker_id, [source.worker_id for source in order.sources], self._places)
+        return [(source.manager_socket, source.groups) for source in order.sources if source.worker_id in there]
 
     def prepare(self, order: t.Prepare) -> None:
         self._order(order, "prepare", self._prepare(order))
@@ -109,7 +120,7 @@ class Members:
         began_s = time.monotonic()
         with _Following(self, order):
             answer = await self._call(
-                order.process, "prepare", encode(order.epoch), _sources(order.sources), order.deadline_s
+                order.process, "prepare", encode(order.epoch), self._sources(order), order.deadline_s
             )
         if not self._refused(order, "prepare", answer, order.epoch.number):
             moved_bytes = answer.get("moved_bytes", 0) + answer.get("loaded_bytes", 0)
@@ -130,8 +141,9 @@ class Members:
     async def _retire(self, order: t.Retire) -> None:
         answer = await self._call(order.process, "retire", order.number)
         if not self._refused(order, "retire", answer, order.number):
-            freed_bytes = (answer or {}).get("freed_bytes", 0)
-            self._send(t.Retired(order.worker_id, order.process, order.number, freed_bytes))
+            found = answer or {}
+            freed_bytes, pause_s = found.get("freed_bytes", 0), found.get("pause_s", 0.0)
+            self._send(t.Retired(order.worker_id, order.process, order.number, freed_bytes, pause_s))
 
     def abort(self, order: t.Abort) -> None:
         self._order(order, "abort", self._abort(order))
@@ -251,11 +263,6 @@ class _Following:
         if self._task is not None:
             self._task.cancel()
         self._members.progress.pop(self._order.worker_id, None)
-
-
-def _sources(sources: tuple[t.Source, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """As workers take them: a manager's socket with the slab groups to read there."""
-    return [(source.manager_socket, source.groups) for source in sources]
 
 
 def _number_of(order: Any) -> int:

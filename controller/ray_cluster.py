@@ -7,6 +7,7 @@ A call to an actor whose process is gone raises ActorGone, within milliseconds a
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import logging
 import os
@@ -24,6 +25,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from flexpert.controller.placement import Node
 from flexpert.controller.processes import ProcessId, children
 
 END_S = 15.0
@@ -106,6 +108,7 @@ class RayCluster:
     def _leave(self, actors: str) -> None:
         if self.temp_dir is None:
             kill_actors(actors)
+            remove_placement(f"{actors}devices")
         ray.shutdown()
 
 
@@ -124,9 +127,38 @@ def _check_reachable(address: str) -> None:
         raise RayUnavailable(f"the Ray cluster at {address} (RAY_ADDRESS) cannot be reached: {error}") from error
 
 
-def node_id() -> str:
+def own_node() -> Node:
     """The Ray node this process runs on."""
-    return str(ray.get_runtime_context().get_node_id())
+    return Node(str(ray.get_runtime_context().get_node_id()), str(ray.util.get_node_ip_address()))
+
+
+async def place_devices(name: str, bundles: list[dict[str, float]], *, timeout_s: float) -> list[Node]:
+    """The node of each bundle, from a placement group that outlives its maker: the one of this name, or a new one. Where Ray cannot
+    have all bundles at once it is told why. Raises RayUnavailable."""
+    try:
+        group = await asyncio.to_thread(ray.util.get_placement_group, name)
+    except ValueError:
+        group = ray.util.placement_group(bundles, strategy="SPREAD", name=name, lifetime="detached")
+    try:
+        await asyncio.wait_for(asyncio.wrap_future(group.ready().future()), timeout_s)
+    except TimeoutError:
+        remove_placement(name)
+        free = await asyncio.to_thread(ray.available_resources)
+        there = ", ".join(f"{key} {free.get(key, 0):g}" for key in bundles[0])
+        raise RayUnavailable(
+            f"{len(bundles)} devices of {bundles[0]} each do not fit the Ray cluster; free there: {there}"
+        ) from None
+    table = await asyncio.to_thread(ray.util.placement_group_table, group)
+    hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in await asyncio.to_thread(ray.nodes)}
+    return [Node(found, hosts[found]) for _, found in sorted(table["bundles_to_node_id"].items())]
+
+
+def remove_placement(name: str) -> None:
+    """Give back what place_devices holds; does nothing where there is none."""
+    try:
+        ray.util.remove_placement_group(ray.util.get_placement_group(name))
+    except ValueError:
+        log.debug("no placement group %s", name)
 
 
 def create_actor(
@@ -135,11 +167,12 @@ def create_actor(
     arguments: dict[str, Any],
     *,
     num_cpus: float = 0,
-    num_gpus: float = 0,
     restarts: int = 0,
     detached: bool = True,
+    node: str | None = None,
 ) -> Any:
-    """Make a named actor of a plain class, on this node. Returns at once; the first call waits for the process."""
+    """Make a named actor of a plain class, on a node (this one, unless another is named by its id). Returns at once; the first call
+    waits for the process."""
     return (
         ray.remote(cls)
         .options(
@@ -147,9 +180,8 @@ def create_actor(
             namespace=NAMESPACE,
             lifetime="detached" if detached else None,
             num_cpus=num_cpus,
-            num_gpus=num_gpus,
             max_restarts=restarts,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id(), soft=False),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node or own_node().node_id, soft=False),
         )
         .remote(**arguments)
     )

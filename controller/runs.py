@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
 
 from flexpert.controller.conductor import Conductor
 from flexpert.controller.journal import Facts
@@ -26,12 +27,18 @@ def run_of(spec: ClusterSpec) -> str:
     return hashlib.sha256(spec.cluster_token.encode()).hexdigest()[:12]
 
 
-def make_conductor(spec: ClusterSpec, facts: Facts) -> Conductor:
-    """With the transitions of this run, where there were any. Forgets in `facts` what another run left."""
+def forget_other_run(spec: ClusterSpec, facts: Facts) -> None:
+    """What only the run knew that wrote it: the model, and who held the devices."""
     if facts.run != run_of(spec):
-        facts.model, facts.managers = {}, {}
+        facts.run, facts.model, facts.managers = run_of(spec), {}, {}
+
+
+def make_conductor(spec: ClusterSpec, facts: Facts, agents: Mapping[str, str]) -> Conductor:
+    """With the transitions of this run, where there were any. agents: worker -> agent of its node."""
     supervision = Supervision(
-        SupervisionConfig(standbys=spec.standbys), first_process=facts.next_process, first_generation=facts.generation
+        SupervisionConfig(standbys=spec.standbys, agents=agents),
+        first_process=facts.next_process,
+        first_generation=facts.generation,
     )
     boot_workers = spec.worker_ids[: spec.workers]
     if facts.model and facts.transitions:

@@ -70,11 +70,9 @@ class ClusterSpec:
         """All names that a worker may have, by device: worker-i runs on device-i."""
         return tuple(f"worker-{number}" for number in range(self.max_workers))
 
-    def torch_device(self, worker_id: str) -> str:
-        """Where a worker computes, as torch names it: each on the GPU of its number."""
-        if self.device != "cuda":
-            return self.device
-        return f"cuda:{int(worker_id.rpartition('-')[2]) % max(1, self.num_gpus)}"
+    def torch_device(self, index: int) -> str:
+        """Where a worker computes, as torch names it; index: which of its node's devices it has."""
+        return f"cuda:{index % max(1, self.num_gpus)}" if self.device == "cuda" else self.device
 
     @property
     def runtime(self) -> RuntimeDir:

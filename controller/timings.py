@@ -64,16 +64,16 @@ class Timings:
         if known is None:
             self._joins[worker_id] = Join(began_s=now_s, marked_s=now_s, cold=cold)
         else:
-            known.cold, known.marked_s = known.cold or cold, now_s
+            known.cold = known.cold or cold
 
     def is_cold(self, worker_id: str) -> bool | None:
         """How it joined last, or joins now; None where that is not known."""
         return self._kinds.get(worker_id) if worker_id not in self._joins else self._joins[worker_id].cold
 
     def mark(self, worker_id: str, phase: str, *, now_s: float) -> None:
-        """`phase` of PHASES is over."""
+        """`phase` of PHASES is over; what a second try takes is added."""
         if (join := self._joins.get(worker_id)) is not None:
-            join.phases[phase] = round(now_s - join.marked_s, 4)
+            join.phases[phase] = round(join.phases.get(phase, 0.0) + now_s - join.marked_s, 4)
             join.marked_s = now_s
 
     def forget(self, worker_id: str) -> None:

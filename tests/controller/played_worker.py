@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from flexpert.workers.epoch import decode
 
 TICK = threading.Event()
@@ -38,6 +40,7 @@ class WorkerConfig:
     kv_bytes: int | None
     threads: int
     step_timeout_s: float
+    transport: str = "auto"
 
 
 def model_shape(model_dir: Path, dtype: str) -> dict[str, int]:
@@ -94,9 +97,15 @@ class PlayedWorker:
 
     def status(self) -> dict[str, Any]:
         return {
-            "worker_id": self.config.worker_id, "incarnation": self.config.incarnation, "pid": os.getpid(), "epoch": self.number,
-            "exchange_address": self.config.exchange_address, "weights_loaded": False, "start_s": {},
-        }  # fmt: skip
+            "worker_id": self.config.worker_id,
+            "incarnation": self.config.incarnation,
+            "pid": os.getpid(),
+            "node_id": ray.get_runtime_context().get_node_id(),
+            "epoch": self.number,
+            "exchange_address": self.config.exchange_address,
+            "weights_loaded": False,
+            "start_s": {},
+        }
 
     def stop(self) -> None:
         pass

@@ -17,6 +17,7 @@ from flexpert.controller import components as module
 from flexpert.controller import members as members_module
 from flexpert.controller import transition_types as t
 from flexpert.controller.components import Components
+from flexpert.controller.placement import Node, places
 from flexpert.controller.ray_cluster import ActorGone
 from flexpert.controller.spec import ClusterSpec
 from flexpert.controller.supervision_types import (
@@ -35,7 +36,7 @@ from flexpert.controller.supervision_types import (
 )
 from flexpert.workers.epoch import Epoch
 
-
+HERE = Node("node", "10.0.0.1")
 NOBODY = 0  # no process has this id, so none is signalled
 
 
@@ -90,6 +91,7 @@ def make(
         max_workers=4,
     )  # fmt: skip
     components = Components(spec, send=queue.put_nowait, tell=lambda kind, text, **details: None, shape={}, managers={})
+    components._places.update(places(spec.worker_ids, [HERE] * 4, own=HERE))
     components.need_devices({"device-0"})
     return components, ray, queue
 
