@@ -52,10 +52,11 @@ class Cell:
 
 
 def all_cells() -> list[Cell]:
-    """Those that can be: a joiner is there from start on, a leaver has nothing to do in it."""
+    """Those that can be: a joiner is there from start on, a leaver has nothing to do in it. Each fault waits its turn, for what dies again
+    and again within a minute is started with growing pauses."""
     cells = []
-    for fault, (victim, _) in FAULTS.items():
-        for step in STEPS:
+    for step in STEPS:
+        for fault, (victim, _) in FAULTS.items():
             if step == "none" and victim in ("joins", "leaves", "joiner's manager"):
                 continue
             if (step, victim) in (("start", "leaves"), ("flip", "gateway"), ("flip", "agent")):

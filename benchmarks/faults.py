@@ -63,10 +63,12 @@ def main() -> None:
             outcomes = measure(trial, args.only, rows)
         finally:
             trial.close()
+        restarts = int(not cluster.running)
     finally:
         cluster.stop() if args.keep_log else cluster.close()
     goals = [
         saved_run.goal("cells that were run to their end", len(outcomes), f">= {len(rows)}"),
+        saved_run.goal("restarts of up", restarts, "<= 0"),
         saved_run.goal("failed requests", sum(len(outcome.failed) for outcome in outcomes), "<= 0"),
         saved_run.goal("s until a fresh request was answered, p100", max((o.served_s for o in outcomes), default=1e9), "<= 5"),
     ]  # fmt: skip

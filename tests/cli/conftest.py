@@ -38,7 +38,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast.save_pretrained(path)
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=len(fast), hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=2,
+        vocab_size=len(fast), hidden_size=64, intermediate_size=128, moe_intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=2, max_position_embeddings=2048,
         initializer_range=0.3, tie_word_embeddings=False, eos_token_id=len(fast) - 1, pad_token_id=None, bos_token_id=None,
     )  # fmt: skip
