@@ -29,8 +29,8 @@ def summary(what: str, values: Sequence[float], unit: str) -> list[dict[str, Any
 
 
 def commit_pauses_s(events: Sequence[dict[str, Any]]) -> list[float]:
-    """Of each transition the longest among its members: from the last step of the old epoch to the first of the new one."""
-    return [max(event["pause_s"].values()) for event in events if event["kind"] == "committed" and event.get("pause_s")]
+    """How long the requests of each worker that stayed stood still at each flip."""
+    return [event["pause_s"] for event in events if event["kind"] == "retired" and event.get("pause_s")]
 
 
 def joins(events: Sequence[dict[str, Any]], *, cold: bool) -> list[dict[str, Any]]:

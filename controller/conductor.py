@@ -162,6 +162,8 @@ class Conductor:
                 self.timings.mark(event.worker_id, "start", now_s=now_s)
             case t.Prepared(worker_id):
                 self.timings.mark(worker_id, "prepare", now_s=now_s)
+            case t.Retired(pause_s=pause_s):
+                self.timings.add("commit_pause", pause_s)
             case t.Committed(worker_id, _, number, pause_s):
                 self.timings.mark(worker_id, "commit", now_s=now_s)
                 self._note_committed(worker_id, number, pause_s, actions, now_s)
@@ -169,7 +171,6 @@ class Conductor:
     def _note_committed(self, worker_id: str, number: int, pause_s: float, actions: list[Action], now_s: float) -> None:
         joined = self.timings.joined(worker_id, now_s=now_s)
         if joined is None:
-            self.timings.add("commit_pause", pause_s)
             return
         join, seconds = joined
         phases = ", ".join(f"{name} {phase_s:.2f} s" for name, phase_s in join.phases.items())

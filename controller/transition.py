@@ -116,10 +116,15 @@ class Transitions:
                 self._answered(worker, process, "prepare", number, moved_bytes=moved_bytes, seconds=seconds)
             case Committed(worker, process, number, pause_s):
                 self._answered(worker, process, "commit", number, seconds=pause_s)
-            case Retired(worker, process, number, freed_bytes):
+            case Retired(worker, process, number, freed_bytes, pause_s):
+                self._note_pause(worker, pause_s)
                 self._answered(worker, process, "retire", number)
                 self.course.note(
-                    "retired", f"{worker} freed {freed_bytes} bytes", worker=worker, freed_bytes=freed_bytes
+                    "retired",
+                    f"{worker} freed {freed_bytes} bytes; its requests stood still for {1e3 * pause_s:.1f} ms",
+                    worker=worker,
+                    freed_bytes=freed_bytes,
+                    pause_s=round(pause_s, 6),
                 )
             case Aborted(worker, process, number):
                 self._answered(worker, process, "abort", number)
@@ -176,6 +181,11 @@ class Transitions:
             part.live.manager_socket = event.manager_socket
             part.seconds["start"] = event.seconds
             part.finish()
+
+    def _note_pause(self, worker: str, pause_s: float) -> None:
+        running = self.state.running
+        if running is not None and worker in running.parts:
+            running.parts[worker].seconds["pause"] = pause_s
 
     def _answered(
         self, worker: str, process: str, step: str, number: int, *, moved_bytes: int = 0, seconds: float = 0.0

@@ -142,6 +142,7 @@ class Retired:
     process: str
     number: int
     freed_bytes: int = 0
+    pause_s: float = 0.0  # how long its requests stood still at the flip
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ class Engine:
         self._next: NextEpoch | None = None
         self.paused = WAITING if waiting else ""
         self._pause_began_s: float | None = None
-        self.pause_s = 0.0
+        self._pause_s = 0.0
         self.step_began_s: float | None = None
         self.times = StepTimes()
         self.on_step: Callable[[StepPlan, StepTimes], None] | None = None
@@ -312,8 +312,9 @@ class Engine:
             released = [] if following.keeps else self._live.release()
         elif following.experts is not None:
             self._runner.use(following.experts, following.exchange)
-        if self._pause_began_s is None and self._live:
-            self._pause_began_s = began_s
+        if self._pause_began_s is None:
+            self._pause_s = 0.0
+            self._pause_began_s = began_s if self._live else None
         if self._group is None:
             self._end_pause()
         following.done.set_result(Flipped(last_step, time.monotonic() - began_s, tuple(released)))
@@ -335,9 +336,16 @@ class Engine:
             self.on_trouble(trouble)
         self._flip_if_alone()
 
+    @property
+    def pause_s(self) -> float:
+        """How long requests stood still at the last flip: from it, or from the step that was missed, to the first exchange of the
+        new epoch. Goes on while they still do."""
+        began_s = self._pause_began_s
+        return self._pause_s if began_s is None else time.monotonic() - began_s
+
     def _end_pause(self) -> None:
         if self._pause_began_s is not None:
-            self.pause_s = time.monotonic() - self._pause_began_s
+            self._pause_s = time.monotonic() - self._pause_began_s
             self._pause_began_s = None
 
     # The inbox

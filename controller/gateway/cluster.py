@@ -108,7 +108,7 @@ class ClusterFacts(Collector):
                 if way_s:
                     self._join.labels("cold" if member.get("cold") else "warm").observe(sum(way_s))
             elif member["role"] == "stays" and "commit" in seconds:
-                self._pause.observe(seconds["commit"])
+                self._pause.observe(seconds.get("pause", seconds["commit"]))
 
     # At each scrape
 
