@@ -1,0 +1,124 @@
+"""The fault matrix: every process killed or stopped at every step of a transition, in one cluster under load, run as a user runs it.
+
+What each cell does is in benchmarks/fault_cells.py. Here it must be right: a fresh request is answered, requests that ran end with exactly
+the text of the undisturbed cluster, `up` is never restarted, and a later scale works. A few cells run in every test; the rest is slow.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from elasticity import free_port
+from fault_cells import FAULTS, Cell, Trial, all_cells, wait_until
+from local_cluster import LocalCluster
+
+from flexpert.hbm import GRANULE_BYTES, HbmClient
+
+QUICK = {
+    "kill worker / none", "stop worker / prepare", "kill joiner / start", "stop joiner / commit", "kill leaver / commit",
+    "kill manager / commit", "kill controller / prepare", "kill controller / commit", "kill gateway / retire", "kill agent / start",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trial(tiny_model: Path) -> Iterator[Trial]:
+    """One cluster for all cells; it must run to the end."""
+    drills = tempfile.TemporaryDirectory(prefix="fxd-", dir="/tmp")
+    os.environ["FLEXPERT_DRILL_DIR"] = drills.name
+    cluster = LocalCluster(
+        str(tiny_model), "--workers", "2", "--standby", "2", "--max-workers", "3", "--memory", "64MiB", "--device", "cpu",
+        port=free_port(),
+    )  # fmt: skip
+    try:
+        made = Trial(cluster.start(), Path(drills.name))
+        try:
+            yield made
+        finally:
+            made.close()
+        assert cluster.running, "`flexpert up` ended meanwhile"
+    finally:
+        cluster.close()
+        del os.environ["FLEXPERT_DRILL_DIR"]
+        drills.cleanup()
+
+
+def marked(cell: Cell) -> object:
+    return pytest.param(cell, id=cell.name, marks=[] if cell.name in QUICK else pytest.mark.slow)
+
+
+def test_quick_cells_are_cells() -> None:
+    names = {cell.name for cell in all_cells()}
+    assert names >= QUICK
+    assert {cell.fault for cell in all_cells()} == set(FAULTS)
+
+
+@pytest.mark.parametrize("cell", [marked(cell) for cell in all_cells()])
+def test_fault_ends_no_request_and_no_later_transition(trial: Trial, cell: Cell) -> None:
+    outcome = trial.run(cell)
+    assert outcome.failed == []
+    assert outcome.finished > 0
+    assert outcome.lost == 0 or cell.fault == "kill gateway"
+
+
+def test_peer_that_cannot_be_read_is_done_without(trial: Trial) -> None:
+    """The managers of those that serve cannot be reached when the joiner wants to copy from them: it reads the disk."""
+    trial.settle()
+    trial.scale(3)
+    assert not joined(trial)["weights_loaded"], "what the others have is read from them"
+    before = trial.settle()
+    failed = len(trial.load.failed)
+    (trial.drills / "hold-start").touch()
+    begun = trial.begin("/scale", workers=3)
+    assert begun is not None
+    trial.held(begun["transition_id"], "start")
+    sockets = [Path(device["socket"]) for device in before["devices"] if device["worker_id"]]
+    assert len(sockets) == 2
+    for socket in sockets:
+        socket.rename(socket.with_suffix(".gone"))
+    try:
+        trial.let_go()
+        ended = trial.ended(begun["transition_id"])
+    finally:
+        for socket in sockets:
+            socket.with_suffix(".gone").rename(socket)
+    assert ended["state"] == "done", ended["reason"]
+    assert joined(trial)["weights_loaded"], "from disk"
+    trial.scale(2)
+    trial.load.round()
+    assert trial.load.failed[failed:] == []
+
+
+def joined(trial: Trial) -> dict[str, Any]:
+    """What was told of the worker that started last."""
+    return [event for event in trial.events() if event["kind"] == "worker"][-1]
+
+
+def test_joiner_without_memory_is_refused_and_nothing_changes(trial: Trial) -> None:
+    """Somebody else holds nearly all of the memory of its device."""
+    before = trial.settle()
+    failed = len(trial.load.failed)
+    device = next(device for device in before["devices"] if not device["worker_id"])
+    with HbmClient.connect(device["socket"], client_name="hoarder") as hoarder:
+        granules = hoarder.info().free_bytes // GRANULE_BYTES - 1
+        arena = hoarder.open_kv_arena("hoard", slots=1, slot_bytes=granules * GRANULE_BYTES, granules=granules)
+        begun = trial.begin("/scale", workers=3)
+        assert begun is not None
+        ended = trial.ended(begun["transition_id"])
+        assert arena.granules
+        arena.close()
+        hoarder.drop_kv_arena("hoard")
+    assert ended["state"] == "aborted", ended
+    assert "memory" in ended["reason"] or "granules" in ended["reason"], ended["reason"]
+    after = trial.calm()
+    assert (after["epoch"], len(after["workers"])) == (before["epoch"], 2)
+    trial.load.round()
+    assert trial.load.failed[failed:] == []
+    wait_until(lambda: trial.scale(3), "the next scale", 60)
