@@ -2,7 +2,8 @@
 
 While a file `hold-<step>` or `hold-<step>-<worker>` lies in the drill directory, orders of that step wait: start, prepare, commit,
 retire or release, for all workers or for that one. They wait no longer than the step may take, and one that was overtaken by a later
-order to the same process is dropped, as the machine of transitions expects of it nothing any more. Off unless a directory is given;
+order to the same process is dropped, as the machine of transitions expects of it nothing any more. While `lose-peers` lies there,
+workers are told to read from managers that nobody reaches. Off unless a directory is given;
 for tests and exercises only. Called by `members`.
 """
 
@@ -36,3 +37,8 @@ class Drills:
         while any(file.exists() for file in files) and time.monotonic() < until_s:
             await asyncio.sleep(LOOK_S)
         return self._latest[order.process] is order
+
+    def socket(self, path: str) -> str:
+        """Where a worker is told that a peer's manager listens."""
+        lost = self._folder is not None and (self._folder / "lose-peers").exists()
+        return f"{path}.lost" if lost else path

@@ -111,7 +111,11 @@ class Members:
     def _sources(self, order: t.StartWorker | t.Prepare) -> list[tuple[str, tuple[int, ...]]]:
         """As workers take them: a manager's socket with the slab groups to read there. Only of its own machine: the rest is on disk."""
         there = reachable(order.worker_id, [source.worker_id for source in order.sources], self._places)
-        return [(source.manager_socket, source.groups) for source in order.sources if source.worker_id in there]
+        return [
+            (self._drills.socket(source.manager_socket), source.groups)
+            for source in order.sources
+            if source.worker_id in there
+        ]
 
     def prepare(self, order: t.Prepare) -> None:
         self._order(order, "prepare", self._prepare(order))

@@ -69,27 +69,17 @@ def test_fault_ends_no_request_and_no_later_transition(trial: Trial, cell: Cell)
 
 
 def test_peer_that_cannot_be_read_is_done_without(trial: Trial) -> None:
-    """The managers of those that serve cannot be reached when the joiner wants to copy from them: it reads the disk."""
+    """The joiner cannot copy from the managers of those that serve: it reads the disk."""
     trial.settle()
     trial.scale(3)
     assert not joined(trial)["weights_loaded"], "what the others have is read from them"
-    before = trial.settle()
+    trial.scale(2)
     failed = len(trial.load.failed)
-    (trial.drills / "hold-start").touch()
-    begun = trial.begin("/scale", workers=3)
-    assert begun is not None
-    trial.held(begun["transition_id"], "start")
-    sockets = [Path(device["socket"]) for device in before["devices"] if device["worker_id"]]
-    assert len(sockets) == 2
-    for socket in sockets:
-        socket.rename(socket.with_suffix(".gone"))
+    (trial.drills / "lose-peers").touch()
     try:
-        trial.let_go()
-        ended = trial.ended(begun["transition_id"])
+        trial.scale(3)
     finally:
-        for socket in sockets:
-            socket.with_suffix(".gone").rename(socket)
-    assert ended["state"] == "done", ended["reason"]
+        (trial.drills / "lose-peers").unlink()
     assert joined(trial)["weights_loaded"], "from disk"
     trial.scale(2)
     trial.load.round()

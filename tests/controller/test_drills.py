@@ -29,6 +29,13 @@ async def test_order_waits_for_the_file_to_go(tmp_path: Path) -> None:
     assert await asyncio.wait_for(held, 5)
 
 
+def test_peers_are_lost_while_the_file_is_there(tmp_path: Path) -> None:
+    assert Drills(tmp_path).socket("/device-0.sock") == "/device-0.sock"
+    (tmp_path / "lose-peers").touch()
+    assert Drills(tmp_path).socket("/device-0.sock") != "/device-0.sock"
+    assert Drills(None).socket("/device-0.sock") == "/device-0.sock"
+
+
 async def test_one_worker_is_held_alone(tmp_path: Path) -> None:
     (tmp_path / "hold-commit-worker-1").touch()
     drills = Drills(tmp_path)
