@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from flexpert.controller import ray_cluster
@@ -18,6 +18,9 @@ from flexpert.controller.ray_cluster import ActorGone
 from flexpert.controller.supervision_types import Died, Event, Failed
 
 log = logging.getLogger(__name__)
+
+FIND_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 10.0
 
 Tell = Callable[..., None]
 
@@ -40,6 +43,27 @@ class Actors:
         if process is not None:
             process.signal(signal.SIGKILL)
         if actor is not None:
+            ray_cluster.kill_actor(actor)
+
+    async def status(self, component: str) -> dict[str, Any]:
+        """What a component tells of itself; {} where it cannot, so that one in trouble never hides the others."""
+        actor = self._actors.get(component)
+        if actor is None:
+            return {}
+        try:
+            return await asyncio.wait_for(ray_cluster.call(actor, "status"), FIND_TIMEOUT_S) or {}
+        except Exception as error:
+            log.warning("%s does not tell its status: %r", component, error)
+            return {}
+
+    async def _stop_workers(self, workers: Mapping[str, Any]) -> None:
+        """In order where they answer, and all of them."""
+        stops = (asyncio.wait_for(ray_cluster.call(actor, "stop"), STOP_TIMEOUT_S) for actor in workers.values())
+        for answer in await asyncio.gather(*stops, return_exceptions=True):
+            if isinstance(answer, Exception) and not isinstance(answer, ActorGone):
+                log.warning("a worker process did not stop in order: %r", answer)
+        for name, actor in workers.items():
+            self.kill(name)
             ray_cluster.kill_actor(actor)
 
     def _keep(self, component: str, actor: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from flexpert.controller import ray_cluster
 from flexpert.controller import transition_types as t
-from flexpert.controller.actors import Actors, Tell
+from flexpert.controller.actors import FIND_TIMEOUT_S, STOP_TIMEOUT_S, Actors, Tell
 from flexpert.controller.devices import DeviceFailed, Devices
 from flexpert.controller.gateway_actor import GatewayActor
 from flexpert.controller.members import Members
@@ -40,8 +40,6 @@ from flexpert.workers.threads import worker_environment
 
 log = logging.getLogger(__name__)
 
-FIND_TIMEOUT_S = 5.0
-STOP_TIMEOUT_S = 10.0
 DRAIN_GRACE_S = 5.0  # beyond the time in which the gateway itself ends what is left
 AGAIN_S = 0.5
 PLACE_TIMEOUT_S = 5.0
@@ -180,7 +178,7 @@ class Components(Actors):
         self._order(order.process, self._spawn_process(order.process, order.agent, order.urgent))
 
     async def _spawn_process(self, name: str, agent: str, urgent: bool) -> None:
-        environment = worker_environment(threads=self.spec.worker_threads)
+        environment = worker_environment(threads=self.spec.threads)
         arguments = {"environment": environment, "process": self.spec.worker_process, **self._log(name)}
         actor = ray_cluster.create_actor(WorkerActor, self._name(name), arguments, node=self._node_of(agent))
         self._keep(name, actor)
@@ -298,13 +296,7 @@ class Components(Actors):
         agents = {agent: self._actors.pop(agent) for agent in self._agents() if agent in self._actors}
         workers = {name: self._actors.pop(name) for name in list(self._actors) if name != GATEWAY}
         self.kill(GATEWAY)
-        stops = (asyncio.wait_for(ray_cluster.call(actor, "stop"), STOP_TIMEOUT_S) for actor in workers.values())
-        for answer in await asyncio.gather(*stops, return_exceptions=True):
-            if isinstance(answer, Exception) and not isinstance(answer, ActorGone):
-                log.warning("a worker process did not stop in order: %r", answer)
-        for name, actor in workers.items():
-            self.kill(name)
-            ray_cluster.kill_actor(actor)
+        await self._stop_workers(workers)
         for name, agent in agents.items():
             try:
                 await asyncio.wait_for(ray_cluster.call(agent, "stop_managers"), STOP_TIMEOUT_S)
@@ -318,7 +310,6 @@ class Components(Actors):
     async def find(self, processes: Mapping[str, tuple[str, str]], generation: int) -> list[Event]:
         """Take over the actors that an earlier controller left, as events for before Begin. processes: name -> (worker or "", agent); one
         that was to be a worker and is none yet is ended, since nobody knows how far it came."""
-        found: list[Event] = []
         names = {
             **{agent: agent for agent in self._agents()},
             f"{GATEWAY}-{generation}": GATEWAY,
@@ -327,10 +318,7 @@ class Components(Actors):
         events = await asyncio.gather(
             *(self._take_over(name, component, generation, processes) for name, component in names.items())
         )
-        for event in events:
-            if event is not None:
-                found.append(event)
-        return found
+        return [event for event in events if event is not None]
 
     async def _take_over(
         self, name: str, component: str, generation: int, processes: Mapping[str, tuple[str, str]]
@@ -374,17 +362,6 @@ class Components(Actors):
             if self._agent_of(device) == component:
                 await self.devices.ensure(device, actor)
         return AgentReady(component)
-
-    async def status(self, component: str) -> dict[str, Any]:
-        """What a component tells of itself; {} where it cannot, so that one in trouble never hides the others."""
-        actor = self._actors.get(component)
-        if actor is None:
-            return {}
-        try:
-            return await asyncio.wait_for(ray_cluster.call(actor, "status"), FIND_TIMEOUT_S) or {}
-        except Exception as error:
-            log.warning("%s does not tell its status: %r", component, error)
-            return {}
 
     async def device_status(self) -> dict[str, dict[str, Any]]:
         """Device -> what its manager tells."""

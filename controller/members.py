@@ -100,7 +100,7 @@ class Members:
             "max_batch_tokens": spec.max_batch_tokens,
             "max_context_tokens": spec.max_context_tokens,
             "kv_bytes": spec.kv_bytes,
-            "threads": spec.worker_threads,
+            "threads": spec.threads,
             "epoch": encode(order.draft),
             "exchange_address": exchange,
             "sources": self._sources(order),

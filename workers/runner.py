@@ -50,8 +50,9 @@ class ModelRunner:
         self._exchange: ExpertExchange | None = None
         self.last_build_s = 0.0
         self._row_group = SAFE_ROWS
+        self._threads = 1
         if bound.device.type == "cpu":
-            _use_invariant_threads()
+            self._threads = _use_invariant_threads()
             self._row_group = _attention_row_group(bound)
         else:
             self._gpu = GpuCompute(bound, self.views, kv)
@@ -77,6 +78,10 @@ class ModelRunner:
             layer.slabs, layer.elsewhere = slabs, exchange
         if self._gpu is not None:
             self._gpu.forget_graphs(may_capture=exchange is None)
+        else:  # the ranks of a machine share its cores; more threads than cores cost a multiple
+            torch.set_num_threads(
+                max(1, self._threads // _power_of_two(1 if exchange is None else exchange.ranks_here))
+            )
 
     def serve(self) -> None:
         """A step with no rows of one's own: every layer's exchange, for the rows of the peers. Raises as the transport does."""
@@ -144,9 +149,15 @@ def _attention_row_group(bound: BoundModel) -> int:
     return row_group([*scores, *((KEY_BLOCK, value_dim, True) for _, value_dim in sizes)])
 
 
-def _use_invariant_threads() -> None:
+def _use_invariant_threads() -> int:
     threads = torch.get_num_threads()
     allowed = 1 << min(threads, _MAX_INVARIANT_THREADS).bit_length() - 1
     if allowed != threads:
         log.info("using %d of %d threads: results are bitwise repeatable with a power of two", allowed, threads)
         torch.set_num_threads(allowed)
+    return allowed
+
+
+def _power_of_two(number: int) -> int:
+    """The least that is not below `number`."""
+    return 1 << (number - 1).bit_length()

@@ -18,7 +18,7 @@ from torch import Tensor
 from flexpert.kernels import expert_rows, weighted_sum
 from flexpert.workers.ep import wire
 from flexpert.workers.ep.experts import EpochExperts
-from flexpert.workers.epoch import Epoch
+from flexpert.workers.epoch import Epoch, Member
 from flexpert.workers.transport import Transport
 
 
@@ -40,6 +40,11 @@ class _Pairs(NamedTuple):
         return slice(self.ends[rank - 1] if rank else 0, self.ends[rank])
 
 
+def _host(member: Member) -> str:
+    kind, _, rest = member.exchange_address.partition(":")
+    return "" if kind == "unix" else rest.rpartition(":")[0]
+
+
 class ExpertExchange:
     """Phases of layer l: 1 + 2l dispatches, 2 + 2l combines; phase 0 is the engine's. The epoch must have been made for this model."""
 
@@ -49,6 +54,7 @@ class ExpertExchange:
                 f"epoch {epoch.number} places other experts on rank {rank} than are here, or is of another model"
             )
         self.rank, self.size = rank, epoch.size
+        self.ranks_here = sum(_host(member) == _host(epoch.members[rank]) for member in epoch.members)
         self._transport = transport
         self._experts = experts
         self._targets = [np.array(layer, dtype=np.int64) for layer in epoch.targets(rank)]
