@@ -111,7 +111,7 @@ class Transitions:
             case Moved(worker, process, moved_bytes):
                 part = self.losses.part(worker, process)
                 if part:
-                    part.moved_bytes = moved_bytes
+                    part.moved_bytes = max(part.moved_bytes, moved_bytes)
             case Prepared(worker, process, number, moved_bytes, seconds):
                 self._answered(worker, process, "prepare", number, moved_bytes=moved_bytes, seconds=seconds)
             case Committed(worker, process, number, pause_s):
