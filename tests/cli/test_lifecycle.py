@@ -83,7 +83,10 @@ def test_model_that_cannot_be_served_ends_up_with_the_reason(runtime: Path, tiny
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--memory", "256KiB"], "cannot hold the model"), (["--memory", "64MiB", "--kv-memory", "1KiB"], "no memory for KV")],
+    [
+        (["--memory", "256KiB"], "cannot hold the model"),
+        (["--memory", "64MiB", "--kv-memory", "1KiB"], "no memory for KV"),
+    ],
     ids=["weights", "kv"],
 )
 def test_memory_that_is_too_little_ends_up_with_the_reason(
