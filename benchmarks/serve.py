@@ -32,11 +32,10 @@ from peers import PEERS, Peer, Prompts
 from transformers import AutoConfig
 
 from flexpert.hbm import ManagerConfig, ensure_manager, stop_manager
-from flexpert.workers.engine import StepTimes
 from flexpert.workers.framing import open_stream, worker_frames
 from flexpert.workers.messages import Hello, SamplingParams, StepOutput, Submit
 from flexpert.workers.process import WorkerConfig, WorkerProcess
-from flexpert.workers.step import StepPlan
+from flexpert.workers.step import StepPlan, StepTimes
 from flexpert.workers.threads import worker_environment
 
 TOKEN = "benchmark"

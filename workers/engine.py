@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
@@ -30,10 +30,10 @@ from flexpert.workers.messages import Cancel, Failed, Released, Stats, StepOutpu
 from flexpert.workers.runner import ModelRunner
 from flexpert.workers.sampling import Sampled, Sampler
 from flexpert.workers.scheduler import RequestRejected, Scheduler
-from flexpert.workers.step import StepPlan
+from flexpert.workers.step import StepPlan, StepTimes
 from flexpert.workers.transport import StepMissed
 
-__all__ = ["MAX_FAILED_STEPS", "Engine", "Owner", "StepTimes"]
+__all__ = ["MAX_FAILED_STEPS", "Engine", "Owner"]
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +41,6 @@ T = TypeVar("T")
 STATS_INTERVAL_S = 0.25
 MAX_FAILED_STEPS = 8
 WAITING, BROKEN, LEFT = "waits for its epoch", "its group is broken", "has left"
-
-
-@dataclass(slots=True)
-class StepTimes:
-    """Seconds of the last step: scheduling and batch building apart from the model and the sampler."""
-
-    host_s: float = 0.0
-    step_s: float = 0.0
 
 
 class Engine:

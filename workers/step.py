@@ -63,3 +63,11 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(len(row.token_ids) for row in self.rows)
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Seconds of the last step: scheduling and batch building apart from the model and the sampler."""
+
+    host_s: float = 0.0
+    step_s: float = 0.0
