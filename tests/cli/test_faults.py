@@ -23,8 +23,8 @@ from local_cluster import LocalCluster
 from flexpert.hbm import GRANULE_BYTES, HbmClient
 
 QUICK = {
-    "kill worker / none", "stop worker / prepare", "kill joiner / start", "stop joiner / commit", "kill leaver / commit",
-    "kill manager / commit", "kill controller / prepare", "kill controller / commit", "kill gateway / retire", "kill agent / start",
+    "kill worker / none", "stop joiner / commit", "kill leaver / commit", "kill manager / commit", "kill controller / prepare",
+    "kill gateway / retire", "kill agent / start",
 }  # fmt: skip
 
 
