@@ -22,10 +22,7 @@ from local_cluster import LocalCluster
 
 from flexpert.hbm import GRANULE_BYTES, HbmClient
 
-QUICK = {
-    "kill worker / none", "stop joiner / commit", "kill leaver / commit", "kill manager / commit", "kill controller / prepare",
-    "kill gateway / retire", "kill agent / start",
-}  # fmt: skip
+QUICK = {"kill worker / none", "stop joiner / commit", "kill controller / prepare", "kill manager / commit"}
 
 
 @pytest.fixture(scope="module")
