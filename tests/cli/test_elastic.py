@@ -11,7 +11,7 @@ from pathlib import Path
 
 def test_random_transitions_under_load_change_no_answer(repository: Path, tmp_path: Path) -> None:
     """Goals of the program: nothing failed, nothing answered twice or differently, every transition done."""
-    command = [sys.executable, "benchmarks/elasticity.py", "--requests", "60", "--transitions", "6", "--jobs", "30"]
+    command = [sys.executable, "benchmarks/elasticity.py", "--requests", "40", "--transitions", "5", "--jobs", "20"]
     ended = subprocess.run(
         [*command, "--clients", "8", "--max-workers", "3", "--no-restart", "--out", str(tmp_path)],
         cwd=repository,

@@ -1,7 +1,7 @@
 """The fault matrix: every process killed or stopped at every step of a transition, in one cluster under load, run as a user runs it.
 
 What each cell does is in benchmarks/fault_cells.py. Here it must be right: a fresh request is answered, requests that ran end with exactly
-the text of the undisturbed cluster, `up` is never restarted, and a later scale works. A few cells run in every test; the rest is slow.
+the text of the undisturbed cluster, `up` is never restarted, and a later scale works. Slow; a death of each process runs in test_end_to_end.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from fault_cells import FAULTS, Cell, Trial, all_cells, wait_until
 from local_cluster import LocalCluster
 
 from flexpert.hbm import GRANULE_BYTES, HbmClient
+
+pytestmark = pytest.mark.slow  # minutes on two cores; benchmarks/faults.py runs the same cells
 
 QUICK = {"kill worker / none", "stop joiner / commit", "kill controller / prepare", "kill manager / commit"}
 
