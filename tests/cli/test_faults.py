@@ -1,7 +1,8 @@
 """The fault matrix: every process killed or stopped at every step of a transition, in one cluster under load, run as a user runs it.
 
 What each cell does is in benchmarks/fault_cells.py. Here it must be right: a fresh request is answered, requests that ran end with exactly
-the text of the undisturbed cluster, `up` is never restarted, and a later scale works. Three cells run always, all with FLEXPERT_ALL_FAULTS=1.
+the text of the undisturbed cluster, `up` is never restarted, and a later scale works.
+Three cells run always, all with FLEXPERT_ALL_FAULTS=1.
 """
 
 from __future__ import annotations
