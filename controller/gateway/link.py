@@ -80,7 +80,7 @@ class WorkerLink:
     async def _keep_open(self) -> None:
         failures = 0
         while True:
-            self.problem, self._useful = "the worker closed the stream", False
+            self._useful = False  # the problem stays that of the last attempt until this one ends
             try:
                 await self._session()
             except (OSError, TimeoutError, FrameError, LinkProblemError, ValueError) as error:

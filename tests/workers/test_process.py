@@ -34,6 +34,14 @@ def model_dir(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def small_model_dir(tmp_path_factory) -> Path:
+    """The same KV per token with experts that cost little: for what takes thousands of steps."""
+    folder = tmp_path_factory.mktemp("small")
+    make_model("qwen3_moe").save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def manager():
     runtime_dir = Path(tempfile.mkdtemp(prefix="fxw"))
@@ -334,13 +342,13 @@ def test_steps_that_all_fail_end_the_worker(model_dir, monkeypatch):
     worker.stop()
 
 
-def test_preempted_requests_lose_no_token(model_dir):
+def test_preempted_requests_lose_no_token(small_model_dir):
     """Memory for a part of what runs at once; every request grows over several granules."""
     growing = SamplingParams(max_tokens=400, seed=99, temperature=0.9)
     long = [Submit(request_id=f"r{i}", prompt_token_ids=[i + 1] * 40, params=growing) for i in range(6)]
 
     def served(**changes) -> tuple[dict, int]:
-        worker = in_process(model_dir, **changes)
+        worker = in_process(small_model_dir, **changes)
         try:
             tokens, _ = asyncio.run(read_tokens(worker.start(), long))
             return tokens, worker.engine.stats().preemptions

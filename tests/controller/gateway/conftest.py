@@ -94,7 +94,7 @@ class FakeWorker:
         self.step_number = 0
         self.model_id = MODEL_ID
         self.max_running, self.max_context = max_running, max_context
-        self.connections = 0
+        self.connections = self.hellos = 0
         self.changed = threading.Condition()
         self._path = path
         self._codec = gateway_frames()
@@ -102,6 +102,8 @@ class FakeWorker:
         self._writers: list[asyncio.StreamWriter] = []
         self._server: asyncio.Server | None = None
         self._engine: asyncio.Task[None] | None = None
+        self._may_greet = asyncio.Event()
+        self._may_greet.set()
         self._may_step = asyncio.Event()
         self._steps_left: int | None = None  # None: as fast as it can
 
@@ -118,6 +120,12 @@ class FakeWorker:
         self.refuse_with: str | None = None
         self.hold_finished = False
         self.top_shift = 0  # 0: the token itself is its first alternative
+
+    async def hold_greetings(self) -> None:
+        self._may_greet.clear()
+
+    async def greet(self) -> None:
+        self._may_greet.set()
 
     # For the test's thread
 
@@ -183,6 +191,9 @@ class FakeWorker:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         hello = await self._codec.read(reader)
         assert isinstance(hello, Hello)
+        self.hellos += 1
+        self._notify()
+        await self._may_greet.wait()
         reason = self.refuse_with or (None if hello.cluster_token == TOKEN else "the cluster token does not match")
         if reason is not None:
             writer.write(self._codec.encode(Refused(reason=reason)))

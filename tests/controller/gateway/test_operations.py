@@ -111,9 +111,13 @@ def test_unusable_worker_is_named_and_tried_again(harness: Any, make_client: Any
     harness.run(worker.start())
     gateway = harness.gateway(wait=False)
     harness.ask_until(lambda: any(reason in link.problem for link in gateway._pool.links))
-    assert reason in httpx.get(f"{gateway.url}/ready").json()["reasons"][0]
+    harness.run(worker.hold_greetings())
+    seen = worker.hellos
+    worker.wait_until(lambda: worker.hellos > seen)
+    assert reason in httpx.get(f"{gateway.url}/ready").json()["reasons"][0], "while it is tried again"
     for name, value in good.items():
         setattr(worker, name, value)
+    harness.run(worker.greet())
     harness.ask_until(lambda: gateway._pool.ready)
     assert make_client(gateway).completions.create(model=MODEL, prompt="x").choices
 
