@@ -164,11 +164,11 @@ class Conductor:
                 self.timings.mark(worker_id, "prepare", now_s=now_s)
             case t.Retired(pause_s=pause_s):
                 self.timings.add("commit_pause", pause_s)
-            case t.Committed(worker_id, _, number, pause_s):
+            case t.Committed(worker_id, _, number):
                 self.timings.mark(worker_id, "commit", now_s=now_s)
-                self._note_committed(worker_id, number, pause_s, actions, now_s)
+                self._note_committed(worker_id, number, actions, now_s)
 
-    def _note_committed(self, worker_id: str, number: int, pause_s: float, actions: list[Action], now_s: float) -> None:
+    def _note_committed(self, worker_id: str, number: int, actions: list[Action], now_s: float) -> None:
         joined = self.timings.joined(worker_id, now_s=now_s)
         if joined is None:
             return

@@ -1,13 +1,16 @@
 """Runs the test suites one after another and tells what each took.
 
 A suite is a folder of tests/ or, under the name `repository`, the test files that stand in tests/ itself. Each runs in
-a pytest process of its own, so that one suite's Ray cluster, daemons and loaded models never reach the next. Called by
-`make test`; `python tests/run_suites.py hbm workers -- -k name` runs some of them and passes the rest on to pytest.
+a pytest of its own, so that one suite's Ray cluster, daemons and loaded models never reach the next. Suites that keep
+one core busy are spread over several processes, file by file; those that start whole clusters have the machine to themselves.
+Called by `make test`; `python tests/run_suites.py hbm workers -- -k name` runs some of them and passes the rest on to
+pytest (`-n 0` there keeps everything in one process, as a debugger wants it).
 The closing table counts what pytest reported; a suite that crashed or collected nothing counts as a failure.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +22,8 @@ from xml.etree import ElementTree
 TESTS = Path(__file__).parent
 # The order of the layers: a fault low down is reported before everything above it fails too.
 ORDER = ("repository", "hbm", "kernels", "expert_cache", "workers", "controller", "simulator", "dashboard", "cli")
+SPREAD = {"hbm", "expert_cache", "workers", "controller", "simulator"}
+MAX_PROCESSES = 4
 PYTEST_NO_TESTS = 5
 
 
@@ -49,6 +54,9 @@ def run_suite(name: str, paths: list[Path], pytest_args: list[str]) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="flexpert-suite-") as scratch:
         report = Path(scratch, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "--durations=5", "--durations-min=5", f"--junitxml={report}"]
+        processes = min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
+        if name in SPREAD and processes > 1:
+            command += ["-n", str(processes), "--dist", "loadfile", "--max-worker-restart", "0"]
         started = time.monotonic()
         code = subprocess.run([*command, *pytest_args, *map(str, paths)], check=False, cwd=TESTS.parent).returncode
         seconds = time.monotonic() - started

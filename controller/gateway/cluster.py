@@ -84,7 +84,7 @@ class ClusterFacts(Collector):
     async def _follow(self, call: CallController) -> None:
         told = await call("events", self._last_event)
         for event in told["events"]:
-            transition_id = event.get("transition")
+            transition_id = event.get("transition_id")
             if transition_id and event["sequence"] > self._last_event and event["time_s"] >= self._began_s:
                 self._followed.add(transition_id)
         self._last_event = max(self._last_event, told["last"])

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -83,6 +84,22 @@ def test_peer_that_cannot_be_read_is_done_without(trial: Trial) -> None:
     trial.scale(2)
     trial.load.round()
     assert trial.load.failed[failed:] == []
+
+
+def test_metrics_count_the_transitions_and_what_they_took(trial: Trial) -> None:
+    trial.settle()
+
+    def count(metric: str) -> float:
+        lines = httpx.get(f"{trial.cluster.url}/metrics").text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(metric))
+
+    done = 'flexpert_transitions_total{kind="scale",state="done"}'
+    names = [done, 'flexpert_join_seconds_count{start="warm"}', "flexpert_commit_pause_seconds_count"]
+    before = [count(name) for name in names]
+    trial.scale(3)
+    wait_until(lambda: count(done) == before[0] + 1, "the transition in /metrics", 20)
+    assert all(count(name) > earlier for name, earlier in zip(names, before, strict=True))
+    trial.scale(2)
 
 
 def joined(trial: Trial) -> dict[str, Any]:

@@ -255,8 +255,8 @@ def test_metrics_tell_of_the_cluster(harness: Any) -> None:
         facts._asked_s = -10.0
         return httpx.get(f"{gateway.url}/metrics").text
 
-    old = {"sequence": 1, "time_s": 1.0, "kind": "transition", "text": "before", "transition": "t-0"}
-    controller.events = [old, {**old, "sequence": 2, "time_s": facts._began_s + 1, "transition": "t-1"}]
+    old = {"sequence": 1, "time_s": 1.0, "kind": "transition", "text": "before", "transition_id": "t-0"}
+    controller.events = [old, {**old, "sequence": 2, "time_s": facts._began_s + 1, "transition_id": "t-1"}]
     text = scrape()
     for line in (
         "flexpert_epoch 3.0",
