@@ -117,9 +117,7 @@ def _assemble(
     else:
         key, socket = _key(config), config.manager_socket
         weights = ManagedWeights(client, key, servable, config.dtype_name, device=config.device, own_socket=socket)
-    if config.sources:
-        weights.fetch([DENSE], config.sources, on_progress)
-    layout = weights.layout()
+    layout = weights.layout(config.sources)
     held = all_experts(layout) if draft is None else _share(draft, config.worker_id)
     names = expert_segments(layout, held)
     kv = KvSpace(

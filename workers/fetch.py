@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flexpert.hbm import BudgetError, HbmClient, HbmError, LoadPlan, MappedWeights
+from flexpert.hbm import BudgetError, ExportedSegments, HbmClient, HbmError, LoadPlan, MappedWeights
 from flexpert.hbm.loading import peer_plan
 from flexpert.workers.devices import copy_to
 from flexpert.workers.memory import bytes_at
@@ -72,7 +72,8 @@ class Weights(Protocol):
     ) -> Fetched:
         """Have these segments. Raises BudgetError, LoadError, CheckpointError; then none of a source is half there."""
 
-    def layout(self) -> WeightLayout: ...
+    def layout(self, sources: Sequence[Source] = ()) -> WeightLayout:
+        """As the dense segment here tells it, or else that of a source, or else the checkpoint."""
 
     def dense(self) -> tuple[bytes, Tensor]:
         """The manifest, and the dense segment on the model's device."""
@@ -105,14 +106,14 @@ class ManagedWeights:
     def fetch(
         self, names: Sequence[str], sources: Sequence[Source] = (), on_progress: Progress | None = None
     ) -> Fetched:
-        ready = self._client.segments(self._key)
-        missing = [name for name in dict.fromkeys(names) if name not in ready]
+        missing = self._missing(names)
         fetched = Fetched(names=tuple(missing))
-        for source in sources:
-            if missing and _socket_of(source) != self._own_socket:
-                fetched.moved_bytes += self._pull(source, missing, on_progress)
-                there = self._client.segments(self._key)
-                missing = [name for name in missing if name not in there]
+        peers = [source for source in sources if _socket_of(source) != self._own_socket]
+        # All at once; where one of several cannot be read, each alone.
+        for attempt in [peers, *([peer] for peer in peers if len(peers) > 1)]:
+            if missing and attempt:
+                fetched.moved_bytes += self._pull(attempt, missing, on_progress)
+                missing = self._missing(missing)
         if missing:
             plan = select(self._plan, missing)
             self._client.load_segments(self._key, plan, on_progress=on_progress)
@@ -120,40 +121,67 @@ class ManagedWeights:
             self.loaded_from_disk = True
         return fetched
 
-    def layout(self) -> WeightLayout:
-        if DENSE not in self._client.segments(self._key):
-            return WeightLayout.from_manifest(self._plan.manifest)
-        mapped = self._client.map_weights(self._key, [DENSE])
-        try:
-            return WeightLayout.from_manifest(mapped.manifest)
-        finally:
-            mapped.close()
+    def layout(self, sources: Sequence[Source] = ()) -> WeightLayout:
+        if DENSE in self._client.segments(self._key):
+            mapped = self._client.map_weights(self._key, [DENSE])
+            try:
+                return WeightLayout.from_manifest(mapped.manifest)
+            finally:
+                mapped.close()
+        with contextlib.ExitStack() as open_peers:
+            for source in sources:
+                if (exported := self._export(source, [DENSE], open_peers)) is not None:
+                    return WeightLayout.from_manifest(exported.manifest)
+        return WeightLayout.from_manifest(self._plan.manifest)
 
-    def _pull(self, source: Source, missing: list[str], on_progress: Progress | None) -> int:
-        """What this source is meant to give of what is missing; nothing where that fails, the next source or the disk has it too."""
-        wanted = (
-            missing
-            if isinstance(source, str)
-            else [name for name in missing if name in {segment_of(group) for group in source[1]} | {DENSE}]
-        )
+    def _missing(self, names: Sequence[str]) -> list[str]:
+        there = self._client.segments(self._key)
+        return [name for name in dict.fromkeys(names) if name not in there]
+
+    def _pull(self, sources: Sequence[Source], missing: Sequence[str], on_progress: Progress | None) -> int:
+        """What these sources are meant to give of what is missing, in one load; how many bytes. Nothing where that fails: the next
+        source or the disk has it too."""
+        parts: list[LoadPlan] = []
+        left = list(missing)
+        with contextlib.ExitStack() as open_peers:
+            for source in sources:
+                if (exported := self._export(source, left, open_peers)) is not None:
+                    parts.append(peer_plan(exported.path, exported.extents, exported.manifest))
+                    left = [name for name in left if name not in exported.extents]
+            if not parts:
+                return 0
+            segments = {name: nbytes for part in parts for name, nbytes in part.segments.items()}
+            plan = LoadPlan(segments, [copy for part in parts for copy in part.copies], parts[0].manifest)
+            try:
+                self._client.load_segments(self._key, plan, on_progress=on_progress)
+            except BudgetError:
+                raise
+            except (HbmError, OSError) as error:
+                log.warning("reading weights of other managers failed, going on without: %s", error)
+                return 0
+            return sum(segments.values())
+
+    def _export(
+        self, source: Source, names: Sequence[str], open_peers: contextlib.ExitStack
+    ) -> ExportedSegments | None:
+        """Held in place until `open_peers` is closed; None where this source has none of them to give, or does not answer."""
+        wanted = list(names)
+        if not isinstance(source, str | Path):
+            meant = {segment_of(group) for group in source[1]} | {DENSE}
+            wanted = [name for name in names if name in meant]
         try:
-            with HbmClient.connect(_socket_of(source), client_name=f"reader of {self._own_socket}") as peer:
-                there = peer.segments(self._key)
-                names = [name for name in wanted if name in there]
-                if not names:
-                    return 0
-                exported = peer.export_segments(self._key, names)
-                try:
-                    plan = peer_plan(exported.path, exported.extents, exported.manifest)
-                    self._client.load_segments(self._key, plan, on_progress=on_progress)
-                finally:
-                    exported.close()
-                return sum(there[name] for name in names)
-        except BudgetError:
-            raise
+            peer = HbmClient.connect(_socket_of(source), client_name=f"reader of {self._own_socket}")
+            open_peers.enter_context(peer)
+            there = peer.segments(self._key)
+            found = [name for name in wanted if name in there]
+            if not found:
+                return None
+            exported = peer.export_segments(self._key, found)
+            open_peers.callback(exported.close)
+            return exported
         except (HbmError, OSError) as error:
-            log.warning("reading weights of the manager %s failed, going on without it: %s", _socket_of(source), error)
-            return 0
+            log.warning("the manager %s cannot be read, going on without it: %s", _socket_of(source), error)
+            return None
 
     def dense(self) -> tuple[bytes, Tensor]:
         mapped = self._client.map_weights(self._key, [DENSE])
@@ -210,7 +238,7 @@ class PrivateWeights:
         self.loaded_from_disk = True
         return Fetched(tuple(missing), loaded_bytes=sum(plan.segments.values()))
 
-    def layout(self) -> WeightLayout:
+    def layout(self, sources: Sequence[Source] = ()) -> WeightLayout:
         return WeightLayout.from_manifest(self._plan.manifest)
 
     def dense(self) -> tuple[bytes, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from flexpert.workers.model.kv_layout import KvLayout
 from flexpert.workers.model.probe import AttentionLayer, ProbeRefusal, Routing, probe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CONFIGURATION = ("config.json", "generation_config.json")
 # Frequencies that depend on the longest sequence of a batch: a row's result would depend on the rows beside it.
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -49,8 +51,22 @@ class ServableModel:
 
 
 def check_servable(model_dir: str | Path) -> ServableModel:
-    """Raises UnservableModelError that says why the model cannot be served, and what can be."""
+    """Raises UnservableModelError that says why the model cannot be served, and what can be. Remembered while its configuration stays."""
     model_dir = Path(model_dir)
+    return _check_servable(model_dir, *(_version(model_dir / name) for name in _CONFIGURATION))
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """Another one where the file was changed or replaced."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=4)
+def _check_servable(model_dir: Path, *_versions: tuple[int, ...]) -> ServableModel:
     config = _read_config(model_dir)
     try:
         model = _build(config, torch.float32)
