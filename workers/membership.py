@@ -300,21 +300,15 @@ class Membership:
         self._weights.interrupt(self._fetching)
         with self._lock:
             self._settle()
+            if number in self._prepared:
+                self._engine.withdraw(number).result(BETWEEN_STEPS_TIMEOUT_S)
+                self._settle()  # it may have been too late
             if self._current is not None and self._current.number == number:
                 raise MembershipError(
                     f"epoch {number} is current on worker {self._worker_id}: it can be left, not aborted"
                 )
-            made = self._prepared.get(number)
-            if made is None:
-                return {"freed_bytes": 0}
-            withdrawn = self._engine.withdraw(number).result(BETWEEN_STEPS_TIMEOUT_S)
-            if not withdrawn and made.following.done.done():
-                self._settle()
-                raise MembershipError(
-                    f"epoch {number} is current on worker {self._worker_id}: it can be left, not aborted"
-                )
-            del self._prepared[number]
-            return {"freed_bytes": self._undo(made)}
+            made = self._prepared.pop(number, None)
+            return {"freed_bytes": 0 if made is None else self._undo(made)}
 
     def close(self) -> None:
         """The process or the worker in it ends: peers see this rank as gone. After the engine has stopped."""
