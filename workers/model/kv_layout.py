@@ -13,6 +13,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from flexpert.workers.model.layout import aligned
+
 ALIGNMENT_BYTES = 16
 
 
@@ -40,14 +42,10 @@ class KvLayout:
         keys, values, end = [], [], 0
         for layer in layers:
             keys.append(end)
-            end = _aligned(end + layer.heads * layer.key_dim * dtype.itemsize)
+            end = aligned(end + layer.heads * layer.key_dim * dtype.itemsize, ALIGNMENT_BYTES)
             values.append(end)
-            end = _aligned(end + layer.heads * layer.value_dim * dtype.itemsize)
+            end = aligned(end + layer.heads * layer.value_dim * dtype.itemsize, ALIGNMENT_BYTES)
         return cls(dtype, tuple(keys), tuple(values), end, tuple(layers))
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 class KvViews:

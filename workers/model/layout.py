@@ -135,9 +135,9 @@ def _groups_of_layer(layout: WeightLayout, index: int, held: Sequence[int]) -> I
         yield (layer.first_slot + first) // size
 
 
-def aligned(nbytes: int) -> int:
-    """The least multiple of ALIGNMENT_BYTES that is not below nbytes."""
-    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+def aligned(nbytes: int, multiple_bytes: int = ALIGNMENT_BYTES) -> int:
+    """The least multiple of multiple_bytes that is not below nbytes."""
+    return -(-nbytes // multiple_bytes) * multiple_bytes
 
 
 def slot_size(slab_bytes: int, granule_bytes: int, experts: Sequence[int] = ()) -> tuple[int, int]:
