@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.workers.serving import PROMPTS, in_process
+
 from flexpert.hbm import ManagerConfig, ensure_manager, stop_manager
 from flexpert.workers.epoch import Epoch, Member, encode
-from flexpert.workers.messages import Failed, Released, StepOutput, Submit
+from flexpert.workers.messages import Failed, Released, SamplingParams, StepOutput, Submit
 from flexpert.workers.process import WorkerConfig, WorkerProcess
 
 WAIT_S = 60.0
@@ -99,6 +101,33 @@ class Gateway:
     def wait_all(self) -> dict[str, list[int]]:
         self.wait(lambda gateway: all(client.reason for client in gateway.clients.values()))
         return {name: client.emitted for name, client in self.clients.items()}
+
+
+def mixed_requests(max_tokens: int) -> list[Submit]:
+    """Each prompt greedily and with a seed."""
+    kinds = {
+        "greedy": SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0),
+        "seeded": SamplingParams(max_tokens=max_tokens, seed=1234567, temperature=0.9, top_p=0.95),
+    }
+    return [
+        Submit(request_id=f"{kind}{i}", prompt_token_ids=prompt, params=params)
+        for kind, params in kinds.items()
+        for i, prompt in enumerate(PROMPTS)
+    ]
+
+
+def tokens_of_one(model_dir: Path, submits: list[Submit]) -> dict[str, list[int]]:
+    """The tokens of one worker that serves alone, by request."""
+    worker, gateway = in_process(model_dir, threads=1), Gateway()
+    worker.tap("gateway", lambda frame: gateway.take("alone", frame))
+    worker.start()
+    try:
+        for submit in submits:
+            gateway.add(submit, "alone")
+            worker.engine.submit("gateway", submit)
+        return gateway.wait_all()
+    finally:
+        worker.stop()
 
 
 def spread(num_layers: int, num_experts: int, ranks: int, *, group: int = 1) -> tuple[tuple[tuple[int, ...], ...], ...]:

@@ -6,18 +6,14 @@ from pathlib import Path
 
 import pytest
 from tests.families import make_model
-from tests.workers.elastic import Cluster, Gateway
-from tests.workers.serving import PROMPTS, in_process
+from tests.workers.elastic import Cluster, mixed_requests, tokens_of_one
+from tests.workers.serving import in_process
 
-from flexpert.workers.messages import SamplingParams, Submit
+from flexpert.workers.messages import Submit
 from flexpert.workers.transport import DistributedTransport
 from flexpert.workers.worker_config import WorkerStartError
 
 LAYERS, EXPERTS = 2, 8
-LIMITS = {
-    "greedy": SamplingParams(max_tokens=80, seed=0, temperature=0.0),
-    "seeded": SamplingParams(max_tokens=80, seed=1234567, temperature=0.9, top_p=0.95),
-}
 
 
 @pytest.fixture(scope="module")
@@ -30,25 +26,12 @@ def model_dir(tmp_path_factory) -> Path:
 
 
 def requests() -> list[Submit]:
-    return [
-        Submit(request_id=f"{kind}{i}", prompt_token_ids=prompt, params=params)
-        for kind, params in LIMITS.items()
-        for i, prompt in enumerate(PROMPTS)
-    ]
+    return mixed_requests(max_tokens=80)
 
 
 @pytest.fixture(scope="module")
 def expected(model_dir) -> dict[str, list[int]]:
-    worker, gateway = in_process(model_dir, threads=1), Gateway()
-    worker.tap("gateway", lambda frame: gateway.take("alone", frame))
-    worker.start()
-    try:
-        for submit in requests():
-            gateway.add(submit, "alone")
-            worker.engine.submit("gateway", submit)
-        return gateway.wait_all()
-    finally:
-        worker.stop()
+    return tokens_of_one(model_dir, requests())
 
 
 def test_two_ranks_give_the_tokens_of_one_worker_and_so_does_the_one_that_stays(model_dir, expected):

@@ -7,15 +7,12 @@ from pathlib import Path
 import msgspec
 import pytest
 from tests.families import make_model
-from tests.workers.elastic import Cluster, Gateway
-from tests.workers.serving import PROMPTS, in_process
+from tests.workers.elastic import Cluster, mixed_requests, tokens_of_one
 
 from flexpert.workers.epoch import encode
-from flexpert.workers.messages import SamplingParams, Submit
+from flexpert.workers.messages import Submit
 
 LAYERS, EXPERTS = 2, 8
-GREEDY = SamplingParams(max_tokens=300, seed=0, temperature=0.0)
-SEEDED = SamplingParams(max_tokens=300, seed=1234567, temperature=0.9, top_p=0.95)
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +32,12 @@ def cluster(model_dir):
 
 
 def requests() -> list[Submit]:
-    return [
-        Submit(request_id=f"{kind}{i}", prompt_token_ids=prompt, params=params)
-        for kind, params in (("greedy", GREEDY), ("seeded", SEEDED))
-        for i, prompt in enumerate(PROMPTS)
-    ]
+    return mixed_requests(max_tokens=300)
 
 
 @pytest.fixture(scope="module")
 def expected(model_dir) -> dict[str, list[int]]:
-    """The tokens of one worker that serves alone."""
-    worker, gateway = in_process(model_dir, threads=1), Gateway()
-    worker.tap("gateway", lambda frame: gateway.take("alone", frame))
-    worker.start()
-    try:
-        for submit in requests():
-            gateway.add(submit, "alone")
-            worker.engine.submit("gateway", submit)
-        return gateway.wait_all()
-    finally:
-        worker.stop()
+    return tokens_of_one(model_dir, requests())
 
 
 def test_two_workers_boot_together_and_give_the_tokens_of_one(cluster, expected):
