@@ -64,6 +64,7 @@ class SupervisionConfig:
     silence_s: a worker that serves and does not answer for so long is ended; service_silence_s: the same for gateway and agents, which have
     no peers that wait for them, and for a worker that starts, which answers beside its loading. No more than max_tick_s of it pass from one
     tick to the next: after a moment in which the controller itself stood still, others have their time to answer.
+    surplus_s: for so long a process that a leaving worker gave back is kept beyond `standbys`, for those who scale up again soon.
     """
 
     standbys: int = 0
@@ -75,6 +76,7 @@ class SupervisionConfig:
     silence_s: float = 3.0
     service_silence_s: float = 10.0
     max_tick_s: float = 1.0
+    surplus_s: float = 60.0
 
 
 class ImpossibleEvent(Exception):
@@ -86,6 +88,7 @@ class _Process:
     phase: str  # spawning, warm, given, starting, serving
     agent: str = AGENT
     worker_id: str = ""
+    idle_s: float = 0.0  # warm, by the ticks
 
 
 @dataclass(slots=True)
@@ -139,8 +142,6 @@ class Supervision:
     def agent_of(self, process: str) -> str:
         """The agent of the node that the process runs on."""
         return self._processes[process].agent
-
-    # The machine
 
     def handle(self, event: Event, *, now_s: float) -> list[Instruction]:
         """Take in one event; the instructions must be carried out in order, each may answer with events."""
@@ -219,7 +220,7 @@ class Supervision:
                 if (process := self._processes.get(name)) is not None:
                     self._expect(process.phase != "spawning", event)
                     self._trouble_of(process.worker_id).ready_at_s = None
-                    process.phase, process.worker_id = "warm", ""
+                    process.phase, process.worker_id, process.idle_s = "warm", "", 0.0
                     self._silent_s.pop(name, None)
             case ProcessEnded(name, reason):
                 if (process := self._processes.pop(name, None)) is not None:
@@ -281,6 +282,7 @@ class Supervision:
         """Ask those that serve, one question at a time, and end those that left theirs unanswered for too long."""
         passed_s = 0.0 if self._ticked_at_s is None else min(now_s - self._ticked_at_s, self.config.max_tick_s)
         self._ticked_at_s = now_s
+        self._end_surplus(passed_s, orders)
         limits_s = self._limits_s()
         self._silent_s = {name: silent_s for name, silent_s in self._silent_s.items() if name in limits_s}
         for name, limit_s in limits_s.items():
@@ -294,6 +296,19 @@ class Supervision:
                 if name not in self._processes:
                     orders.append(KillProcess(name, reason))
                 self._failed(name, kind="internal", reason=reason, permanent=False, now_s=now_s, orders=orders)
+
+    def _end_surplus(self, passed_s: float, orders: list[Instruction]) -> None:
+        """Standbys beyond those wanted cost memory: the longest idle go first."""
+        for process in self._processes.values():
+            process.idle_s = process.idle_s + passed_s if process.phase == "warm" else 0.0
+        if not self._calm or self._wanted or self.phase != "running":
+            return
+        for agent in self._agents:
+            spare = {n: p.idle_s for n, p in self._processes.items() if p.agent == agent and not p.worker_id}
+            surplus = sorted(spare, key=lambda name: -spare[name])[: max(0, len(spare) - self.config.standbys)]
+            for name in [name for name in surplus if spare[name] >= self.config.surplus_s]:
+                del self._processes[name]
+                orders.append(KillProcess(name, f"idle for {spare[name]:.0f} s, and more than the standbys wanted"))
 
     def _limits_s(self) -> dict[str, float]:
         """Who must answer -> within how long."""

@@ -117,6 +117,45 @@ def test_released_process_is_a_standby() -> None:
     assert machine.handle(ProcessWanted("worker-3"), now_s=2) == [GiveProcess("worker-3", "process-0")]
 
 
+def give_back(machine: Supervision, *workers: str) -> None:
+    """They serve for a moment, each in a process of its own, and leave again."""
+    for number, worker_id in enumerate(workers, start=1):
+        machine.handle(ProcessWanted(worker_id), now_s=0)
+        machine.handle(ProcessWarm(f"process-{number}"), now_s=0)
+        serves(machine, f"process-{number}")
+    for number in range(1, len(workers) + 1):
+        machine.handle(ProcessReleased(f"process-{number}"), now_s=0)
+
+
+def test_standbys_beyond_those_wanted_end_after_a_while() -> None:
+    machine = started(surplus_s=10)
+    give_back(machine, "worker-1", "worker-2")
+    assert ticks(machine, *range(0, 10), answering=True, silent="none") == []
+    reason = "idle for 10 s, and more than the standbys wanted"
+    assert set(ticks(machine, 10, answering=True, silent="none")) == {
+        KillProcess("process-1", reason), KillProcess("process-2", reason)
+    }  # fmt: skip
+    assert machine.processes() == {"process-0": ("serving", "worker-0")}
+
+
+def test_as_many_standbys_as_wanted_stay() -> None:
+    machine = started(surplus_s=10, standbys=1)
+    machine.handle(ProcessWarm("process-1"), now_s=0)
+    assert ticks(machine, *range(0, 100), answering=True, silent="none") == []
+
+
+def test_surplus_is_kept_while_a_transition_runs_and_a_used_process_starts_anew() -> None:
+    machine = started(surplus_s=10)
+    give_back(machine, "worker-1", "worker-2")
+    machine.handle(Settled(serving=True, calm=False), now_s=0)
+    assert ticks(machine, *range(0, 20), answering=True, silent="none") == []
+    assert machine.handle(ProcessWanted("worker-1"), now_s=20) == [GiveProcess("worker-1", "process-1")]
+    serves(machine, "process-1", now_s=20)
+    machine.handle(ProcessReleased("process-1"), now_s=20)
+    (order,) = ticks(machine, 21, answering=True, silent="none")
+    assert order == KillProcess("process-2", "idle for 20 s, and more than the standbys wanted")
+
+
 def test_process_that_a_transition_ends_is_killed_and_no_loss() -> None:
     machine = started()
     assert machine.handle(ProcessEnded("process-0", "missed a step"), now_s=1) == [
