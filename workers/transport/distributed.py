@@ -24,6 +24,7 @@ from torch import Tensor
 
 from flexpert.workers.epoch import Epoch
 from flexpert.workers.transport.base import StepMissed
+from flexpert.workers.transport.doorbell_transport import DoorbellTransport, round_up
 from flexpert.workers.transport.doorbells import Doorbells
 from flexpert.workers.transport.handshake import parse_address
 from flexpert.workers.transport.listener import ExchangeListener
@@ -31,8 +32,6 @@ from flexpert.workers.transport.nccl import NcclGroup
 from flexpert.workers.transport.pairs import ConnectError, connect_pairs
 
 log = logging.getLogger(__name__)
-
-_ALIGNMENT_BYTES = 64
 
 
 class Group(Protocol):
@@ -95,7 +94,7 @@ def connect_distributed(
     return DistributedTransport(rank, epoch.size, device, group, doorbells, wire=wire)
 
 
-class DistributedTransport:
+class DistributedTransport(DoorbellTransport):
     """See `base.Transport`. group: None where this rank is alone. wire: the device whose tensors it takes; others are copied there and
     back."""
 
@@ -109,13 +108,10 @@ class DistributedTransport:
         *,
         wire: torch.device | None = None,
     ) -> None:
-        self.rank = rank
-        self.size = size
+        super().__init__(rank, size, doorbells)
         self._device = device
         self._wire = wire or device
         self._group = group
-        self._doorbells = doorbells
-        self._peers = [peer for peer in range(size) if peer != rank]
 
     def exchange(self, step: int, phase: int, parts: Sequence[Tensor]) -> list[Tensor]:
         if len(parts) != self.size:
@@ -131,17 +127,6 @@ class DistributedTransport:
             received[self.rank] = parts[self.rank]
             return received
 
-    def started(self, step: int) -> bool:
-        with self._doorbells.busy:
-            return self._doorbells.started(step)
-
-    def wait(self, step: int, timeout_s: float | None) -> bool:
-        with self._doorbells.busy:
-            return self._doorbells.wait(step, timeout_s)
-
-    def wake(self) -> None:
-        self._doorbells.wake()
-
     def close(self) -> None:
         """Ends a collective that runs, too."""
         self._doorbells.hang_up()
@@ -156,8 +141,8 @@ class DistributedTransport:
     def _all_to_all(self, step: int, phase: int, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         """Parts lie at multiples of the alignment, there and here, so that they can be viewed as any dtype."""
         assert self._group is not None
-        input_sizes = [0 if peer == self.rank else _padded(parts[peer].numel()) for peer in range(self.size)]
-        output_sizes = [_padded(size) for size in sizes]
+        input_sizes = [0 if peer == self.rank else round_up(parts[peer].numel()) for peer in range(self.size)]
+        output_sizes = [round_up(size) for size in sizes]
         inputs = torch.empty(sum(input_sizes), dtype=torch.uint8, device=self._wire)
         output = torch.empty(sum(output_sizes), dtype=torch.uint8, device=self._wire)
         offset = 0
@@ -244,7 +229,3 @@ def _host_store(host: str, timeout_s: float) -> Any:
         host, port, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False,
         master_listen_fd=descriptor,
     )  # fmt: skip
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from flexpert.workers.epoch import Epoch
+from flexpert.workers.transport.doorbell_transport import ALIGNMENT_BYTES, DoorbellTransport, round_up
 from flexpert.workers.transport.doorbells import Doorbell, Doorbells, ProtocolError
 from flexpert.workers.transport.listener import ExchangeListener
 from flexpert.workers.transport.pairs import ConnectError, Pair, connect_pairs
 
-_ALIGNMENT_BYTES = 64
 _REGIONS = 3
 _F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h, 5.1: no writable mapping beyond those that exist
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
@@ -43,7 +43,7 @@ def connect_mapped(
 
     capacity_bytes: what one exchange sends to all peers together without a copy at the receivers; memory is taken as it is used.
     """
-    region_bytes = _round_up(max(capacity_bytes, 2 * _ALIGNMENT_BYTES * epoch.size), mmap.PAGESIZE)
+    region_bytes = round_up(max(capacity_bytes, 2 * ALIGNMENT_BYTES * epoch.size), mmap.PAGESIZE)
     descriptor, own = _make_buffer(region_bytes * _REGIONS, f"exchange-{epoch.number}-{rank}")
     try:
         pairs = connect_pairs(
@@ -62,21 +62,18 @@ def connect_mapped(
     return MappedTransport(rank, epoch.size, own, region_bytes, buffers, doorbells)
 
 
-class MappedTransport:
+class MappedTransport(DoorbellTransport):
     """See `base.Transport`. own: this rank's buffer, uint8 [regions * region_bytes]; buffers: those of the peers."""
 
     def __init__(
         self, rank: int, size: int, own: Tensor, region_bytes: int, buffers: dict[int, Tensor], doorbells: Doorbells
     ) -> None:
-        self.rank = rank
-        self.size = size
+        super().__init__(rank, size, doorbells)
         self._own = own
         self._region_bytes = region_bytes
         # In a phase of several rounds each peer has as much of a half region as any other.
-        self._chunk_bytes = region_bytes // 2 // max(1, size - 1) // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES
+        self._chunk_bytes = region_bytes // 2 // max(1, size - 1) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         self._buffers = buffers
-        self._peers = sorted(buffers)
-        self._doorbells = doorbells
         self._num_exchanges = 0
         self._nothing = torch.empty(0, dtype=torch.uint8)
 
@@ -102,17 +99,6 @@ class MappedTransport:
                 self._more_rounds(step, phase, rounds, most, region, parts, received, bells)
             return received
 
-    def started(self, step: int) -> bool:
-        with self._doorbells.busy:
-            return self._doorbells.started(step)
-
-    def wait(self, step: int, timeout_s: float | None) -> bool:
-        with self._doorbells.busy:
-            return self._doorbells.wait(step, timeout_s)
-
-    def wake(self) -> None:
-        self._doorbells.wake()
-
     def close(self) -> None:
         """Memory that returned tensors still show goes with the last of them."""
         self._doorbells.close()
@@ -120,7 +106,7 @@ class MappedTransport:
         self._own = self._nothing
 
     def _rounds(self, sizes: Sequence[int]) -> int:
-        total = sum(_round_up(sizes[peer], _ALIGNMENT_BYTES) for peer in self._peers)
+        total = sum(round_up(sizes[peer]) for peer in self._peers)
         if total <= self._region_bytes:
             return 1
         return max(-(-sizes[peer] // self._chunk_bytes) for peer in self._peers)
@@ -131,7 +117,7 @@ class MappedTransport:
             if length:
                 self._own[offset : offset + length].copy_(parts[peer])
             self._doorbells.ring(peer, (step, phase, 0), offset=offset, length=length)
-            offset += _round_up(length, _ALIGNMENT_BYTES)
+            offset += round_up(length)
 
     def _ring_round(
         self, step: int, phase: int, round_: int, rounds: int, region: int, parts: Sequence[Tensor]
@@ -202,7 +188,3 @@ def _tensor(mapped: mmap.mmap, nbytes: int) -> Tensor:
     array = (ctypes.c_uint8 * nbytes).from_address(np.frombuffer(mapped, dtype=np.uint8).ctypes.data)
     array.mapped = mapped  # type: ignore[attr-defined]
     return torch.frombuffer(array, dtype=torch.uint8)
-
-
-def _round_up(nbytes: int, multiple: int) -> int:
-    return -(-nbytes // multiple) * multiple
