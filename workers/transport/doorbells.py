@@ -6,7 +6,8 @@ the others only by hanging up. Doorbells of later phases are kept. Used by `mapp
 `wake` and `close`.
 
 Who is a suspect: a rank that has waited for half of the deadline, or gives up, tells its peers so (a notice); those that are only
-waiting themselves, or have closed after they gave up, are not blamed.
+waiting themselves, or have closed after they gave up, are not blamed. Idle ranks give up too, where a peer is gone. Should the end of
+one that gave up be seen before the end of the one it gave up for, that one is waited for.
 """
 
 from __future__ import annotations
@@ -66,9 +67,11 @@ class Doorbells:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake_lock = threading.Lock()
         self._closed = False
+        self._last: Key = (-1, -1, -1)  # what this rank rang last
 
     def ring(self, rank: int, key: Key, *, rounds: int = 1, offset: int = 0, length: int = 0) -> None:
         """A peer that is gone is noticed when its own doorbell is missing."""
+        self._last = key
         self._send(self._peers[rank], _DOORBELL.pack(self.epoch_number, *key, rounds, 0, offset, length))
 
     def collect(self, key: Key) -> dict[int, Doorbell]:
@@ -95,8 +98,9 @@ class Doorbells:
         key = (step, 0, 0)
         self.check_open(key)
         self._read(list(self._peers.values()), key)
-        if dead := [rank for rank, peer in self._peers.items() if peer.gone]:
-            raise StepMissed(f"epoch {self.epoch_number}, before {_name(key)}: ranks {dead} are gone", dead)
+        if any(peer.gone for peer in self._peers.values()):
+            self._tell_waiting(self._last)  # should this rank now close, it is not blamed for that
+            raise self._gone(list(self._peers.values()), key, f"before {_name(key)}")
         return any(key in peer.kept for peer in self._peers.values())
 
     def wait(self, step: int, timeout_s: float | None) -> bool:
@@ -210,10 +214,9 @@ class Doorbells:
     def _check(self, missing: Sequence[_Peer], key: Key) -> None:
         """Raise where one of `missing` will never send `key`."""
         self.check_open(key)
-        if dead := [peer for peer in missing if peer.gone]:
+        if any(peer.gone for peer in missing):
             self._tell_waiting(key)  # should this rank now close, it is not blamed for that
-            ranks = [peer.rank for peer in dead]
-            raise StepMissed(f"epoch {self.epoch_number}, {_name(key)}: ranks {ranks} are gone", _blamed(dead))
+            raise self._gone(missing, key, _name(key))
         for peer in missing:
             if peer.last > key and key not in peer.kept:
                 raise ProtocolError(f"rank {peer.rank} is at {_name(peer.last)} and left out {_name(key)}", [peer.rank])
@@ -234,6 +237,30 @@ class Doorbells:
         ranks = [peer.rank for peer in missing]
         text = f"epoch {self.epoch_number}, {_name(key)}: ranks {ranks} took no part within {self.step_timeout_s:g} s"
         return StepMissed(text, _blamed(missing))
+
+    def _gone(self, peers: Sequence[_Peer], key: Key, when: str) -> StepMissed:
+        """The error where some of `peers`, who are waited for, are gone."""
+        suspects = self._culprits(peers, key)
+        self.check_open(key)
+        ranks = [peer.rank for peer in peers if peer.gone]
+        return StepMissed(f"epoch {self.epoch_number}, {when}: ranks {ranks} are gone", suspects)
+
+    def _culprits(self, peers: Sequence[_Peer], key: Key) -> list[int]:
+        """Those of `peers` that went without a notice. Where there is none yet, because those that gave up were faster, they are
+        waited for, at most half of a deadline; then those are blamed that neither gave up nor sent `key`.
+        """
+        deadline = time.monotonic() + self.step_timeout_s / 2
+        while True:
+            unexcused = [peer for peer in peers if peer.waits_at != peer.last]
+            if dead := [peer.rank for peer in unexcused if peer.gone]:
+                return dead
+            remaining_s = deadline - time.monotonic()
+            if not unexcused or remaining_s <= 0 or self._closed:
+                silent = [peer.rank for peer in unexcused if key not in peer.kept]
+                return silent or [peer.rank for peer in peers if peer.gone]
+            self._sleep(unexcused, remaining_s)
+            for peer in unexcused:
+                self._read_one(peer)
 
     def _tell_waiting(self, key: Key) -> None:
         for peer in self._peers.values():

@@ -66,6 +66,23 @@ def test_stopped_peer_is_the_suspect_of_all_after_the_deadline(
 
 
 @BETWEEN_PROCESSES
+def test_idle_peer_that_closed_because_of_a_death_is_no_suspect(
+    make_world: Callable[[str, int], World], kind: str
+) -> None:
+    """Rank 0 learns of the death while it is idle and closes, as an engine does; rank 1 looks only then and finds both gone."""
+    world = make_world(kind, 3)
+    world.connect("t", step_timeout_s=100 * TIMEOUT_S)
+    world.everyone("exchange", lambda rank: ("t", 0, 0))
+
+    world.ranks[2].kill()
+    first = world.call(0, "wait", "t", 1, None).result(TIMEOUT_S)
+    world.call(0, "close", "t").result(TIMEOUT_S)
+    second = world.call(1, "wait", "t", 1, None).result(TIMEOUT_S)
+
+    assert [first.suspects, second.suspects] == [(2,), (2,)]
+
+
+@BETWEEN_PROCESSES
 def test_survivors_meet_in_another_epoch(make_world: Callable[[str, int], World], kind: str) -> None:
     world = make_world(kind, 3)
     world.connect("t")
@@ -94,6 +111,14 @@ def rung() -> Iterator[tuple[Doorbells, socket.socket, socket.socket]]:
 
 def bell(step: int, phase: int, *, epoch: int = 7, rounds: int = 1) -> bytes:
     return _DOORBELL.pack(epoch, step, phase, 0, rounds, 0, 0, 0)
+
+
+def notice(step: int, phase: int, round_: int = 0) -> bytes:
+    """The sender waits itself, or gives up, and has rung last for this."""
+    return _DOORBELL.pack(7, step, phase, round_, 0, 0, 0, 0)
+
+
+NOWHERE = (-1, -1, -1)  # of a rank that never rang
 
 
 def test_doorbell_of_another_epoch_is_a_protocol_error(rung) -> None:
@@ -173,3 +198,54 @@ def test_peer_that_gave_up_and_closed_is_no_suspect(rung) -> None:
         doorbells.collect((0, 1, 0))
 
     assert error.value.suspects == (2,)
+
+
+def test_idle_rank_blames_the_one_whose_end_is_seen_later(rung) -> None:
+    """Rank 1 saw that rank 2 is gone, and closed, before anything of that is seen here."""
+    doorbells, first, second = rung
+    first.send(notice(*NOWHERE))
+    first.close()
+
+    with pytest.raises(StepMissed) as error:
+        doorbells.wait(0, None)
+
+    assert error.value.suspects == (2,)
+    assert second.recv(4096) == notice(*NOWHERE), "a rank that gives up tells its peers"
+
+
+def test_waiting_rank_blames_the_one_whose_end_is_seen_later(rung) -> None:
+    doorbells, first, _ = rung
+    first.send(bell(0, 0) + notice(0, 0))
+    first.close()
+
+    with pytest.raises(StepMissed) as error:
+        doorbells.collect((0, 1, 0))
+
+    assert error.value.suspects == (2,)
+
+
+def test_idle_rank_blames_all_that_are_gone_where_nobody_else_is_left(rung) -> None:
+    doorbells, *others = rung
+    for other in others:
+        other.send(notice(*NOWHERE))
+        other.close()
+
+    with pytest.raises(StepMissed) as error:
+        doorbells.wait(0, None)
+
+    assert error.value.suspects == (1, 2)
+
+
+def test_idle_peer_that_died_without_a_word_is_the_suspect_at_once() -> None:
+    """At once: the deadline is far beyond what the test waits for."""
+    (mine1, theirs1), (mine2, theirs2) = socket.socketpair(), socket.socketpair()
+    doorbells = Doorbells(7, {1: mine1, 2: mine2}, step_timeout_s=100 * TIMEOUT_S)
+    theirs1.send(bell(0, 0))
+    theirs1.close()
+
+    with pytest.raises(StepMissed) as error:
+        doorbells.wait(1, None)
+
+    assert error.value.suspects == (1,)
+    doorbells.close()
+    theirs2.close()
