@@ -130,7 +130,7 @@ def give_back(machine: Supervision, *workers: str) -> None:
 def test_standbys_beyond_those_wanted_end_after_a_while() -> None:
     machine = started(surplus_s=10)
     give_back(machine, "worker-1", "worker-2")
-    assert ticks(machine, *range(0, 10), answering=True, silent="none") == []
+    assert ticks(machine, *range(10), answering=True, silent="none") == []
     reason = "idle for 10 s, and more than the standbys wanted"
     assert set(ticks(machine, 10, answering=True, silent="none")) == {
         KillProcess("process-1", reason), KillProcess("process-2", reason)
@@ -141,14 +141,14 @@ def test_standbys_beyond_those_wanted_end_after_a_while() -> None:
 def test_as_many_standbys_as_wanted_stay() -> None:
     machine = started(surplus_s=10, standbys=1)
     machine.handle(ProcessWarm("process-1"), now_s=0)
-    assert ticks(machine, *range(0, 100), answering=True, silent="none") == []
+    assert ticks(machine, *range(100), answering=True, silent="none") == []
 
 
 def test_surplus_is_kept_while_a_transition_runs_and_a_used_process_starts_anew() -> None:
     machine = started(surplus_s=10)
     give_back(machine, "worker-1", "worker-2")
     machine.handle(Settled(serving=True, calm=False), now_s=0)
-    assert ticks(machine, *range(0, 20), answering=True, silent="none") == []
+    assert ticks(machine, *range(20), answering=True, silent="none") == []
     assert machine.handle(ProcessWanted("worker-1"), now_s=20) == [GiveProcess("worker-1", "process-1")]
     serves(machine, "process-1", now_s=20)
     machine.handle(ProcessReleased("process-1"), now_s=20)
