@@ -34,6 +34,7 @@ FAULTS = {
     "kill manager": ("manager", signal.SIGKILL),
     "kill joiner's manager": ("joiner's manager", signal.SIGKILL),
     "kill controller": ("controller", signal.SIGKILL),
+    "stop controller": ("controller", signal.SIGSTOP),
     "kill gateway": ("gateway", signal.SIGKILL),
     "kill agent": ("agent", signal.SIGKILL),
 }

@@ -1,10 +1,11 @@
-"""What this machine has for a cluster: cores, free memory, GPUs. Looks at files only and imports no torch, so it answers at once."""
+"""What this machine has for a cluster: cores, free memory, GPUs, a free port. Imports no torch, so it answers at once."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import re
+import socket
 from pathlib import Path
 
 from flexpert.cli.errors import CommandError
@@ -96,3 +97,23 @@ def _why_no_cuda() -> str | None:
     if not re.search(r"^cuda[^=\n]*= *['\"]", version, re.MULTILINE):
         return "the installed PyTorch was built without CUDA; install one built with it"
     return None
+
+
+def check_port(host: str, port: int) -> None:
+    """The port is bound by the gateway much later; most mistakes can be told now. Raises CommandError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except socket.gaierror as error:
+        raise CommandError(
+            "port", f"--host {host}: {error.strerror}; expected an address of this machine, like 127.0.0.1"
+        ) from error
+    except OSError as error:
+        raise CommandError(
+            "port",
+            f"{host}:{port} cannot be listened on: {error.strerror}; end what holds it, or give another --port (0: any free one)",
+        ) from error

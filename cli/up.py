@@ -8,25 +8,23 @@ descendant that is still there is ended by its pid. Runs in the main thread, sin
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
 import signal
-import socket
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from flexpert.cli import machine
 from flexpert.cli.admin import serve_admin
+from flexpert.cli.contact import Contact
 from flexpert.cli.errors import CommandError
 from flexpert.cli.leftovers import clean_up
 from flexpert.cli.model_source import ModelSource, resolve_model
 from flexpert.cli.options import show_bytes
+from flexpert.cli.output import own_output
 from flexpert.cli.screen import Screen
 from flexpert.controller.journal import read_events
 from flexpert.controller.processes import ProcessId, children, end_all
@@ -39,7 +37,6 @@ from flexpert.controller.runtime_dir import (
     write_json,
 )
 from flexpert.controller.spec import ClusterSpec
-from flexpert.workers.process_log import open_process_log
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +88,7 @@ def run_up(options: UpOptions) -> None:
             f"a cluster named {options.name!r} runs already; end it with `flexpert down`, or give another --name",
         ) from None
     try:
-        with _own_output(runtime, options.log_level) as out:
+        with own_output(runtime, options.log_level) as out:
             _Up(options, runtime, Screen(out)).run()
     finally:
         os.close(lock)
@@ -103,6 +100,7 @@ class _Up:
         self._stop_asked = asyncio.Event()
         self._stop_asked_at_s = 0.0
         self._hurry = asyncio.Event()
+        self._contact = Contact()
         self._ray: Any = None
         self._controller: Any = None
         self._api_key: str | None = None
@@ -138,7 +136,7 @@ class _Up:
                 "usage",
                 "--share-gpus: a worker takes for KV what is free of its GPU; say with --kv-memory how much each may",
             )
-        _check_port(options.host, options.port)
+        machine.check_port(options.host, options.port)
         if options.memory_bytes is not None:
             machine.check_memory(options.memory_bytes * options.workers)
         memory_bytes = options.memory_bytes or machine.default_memory_bytes(options.workers)
@@ -232,7 +230,11 @@ class _Up:
                 self._lost_ray()
                 return
             if state is None:
+                if (told := self._contact.unanswered(ANSWER_S)) is not None:
+                    self._screen.step(told)
                 continue
+            if (replaced := self._contact.answered(state["pid"])) is not None:
+                await self._ask("replaced", *replaced)
             after = state["last"]
             for event in state["events"]:
                 self._screen.event(event)
@@ -344,41 +346,3 @@ class _Up:
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
-
-
-def _check_port(host: str, port: int) -> None:
-    """The port is bound by the gateway much later; most mistakes can be told now. Raises CommandError."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except socket.gaierror as error:
-        raise CommandError(
-            "port", f"--host {host}: {error.strerror}; expected an address of this machine, like 127.0.0.1"
-        ) from error
-    except OSError as error:
-        raise CommandError(
-            "port",
-            f"{host}:{port} cannot be listened on: {error.strerror}; end what holds it, or give another --port (0: any free one)",
-        ) from error
-
-
-@contextlib.contextmanager
-def _own_output(runtime: RuntimeDir, log_level: str) -> Iterator[TextIO]:
-    """The terminal for what we print; everything else that libraries print goes to the log of this process."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = (os.dup(1), os.dup(2))
-    streams = (sys.stdout, sys.stderr)
-    open_process_log(Path(runtime.logs / "up.log"), log_level)
-    try:
-        with os.fdopen(os.dup(kept[0]), "w", buffering=1) as out:
-            yield out
-    finally:
-        sys.stdout, sys.stderr = streams
-        for number, descriptor in zip((1, 2), kept, strict=True):
-            os.dup2(descriptor, number)
-            os.close(descriptor)

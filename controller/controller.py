@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.5
 LOAD_PERIOD_TICKS = 10
+CONTROLLER = "controller"
 QUIET = (s.Tick, s.Answered, t.Moved, t.LoadMeasured)  # events that change nothing worth a write
 
 
@@ -70,7 +71,14 @@ class Controller:
             "port": self._components.port,
             "given_up": self._given_up,
             "stopped": self._stopped,
+            "pid": os.getpid(),
         }
+
+    async def replaced(self, reason: str, seconds: float) -> None:
+        """This controller took the place of one that is gone for that reason, so long after its last answer."""
+        self._tell("died", f"controller: {reason}", component=CONTROLLER)
+        text = f"{CONTROLLER} replaced after {seconds:.2f} s"
+        self._tell("replaced", text, component=CONTROLLER, seconds=round(seconds, 3))
 
     async def stop(self) -> None:
         """Begin to end the cluster: drained first, then all processes. `watch` tells when it is done. May be asked again and again."""

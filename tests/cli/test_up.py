@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
+import signal
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from flexpert.cli.contact import SILENT_S, Contact
 from flexpert.cli.screen import Screen
 from flexpert.cli.up import UpOptions, _Up
 from flexpert.controller import ray_cluster
@@ -33,6 +37,7 @@ class PlayedController:
             raise ray_cluster.ActorGone("killed")
         return {
             "events": [], "last": 0, "progress": {}, "ready": False, "port": 0, "given_up": None, "stopped": self.draining,
+            "pid": os.getpid(),
         }  # fmt: skip
 
 
@@ -49,3 +54,59 @@ async def test_controller_restarted_while_draining_is_asked_to_stop_again(
     await asyncio.wait_for(up._follow(), 20)
     assert (controller.restarted, controller.stops) == (True, 2)
     assert out.getvalue().count("once more Ctrl-C") == 1
+
+
+class SilentController:
+    """Answers once, under the pid of a stopped process, and again from another one when that is ended."""
+
+    def __init__(self, stopped: subprocess.Popen[bytes]) -> None:
+        self.stopped, self.watches = stopped, 0
+        self.replaced: tuple[str, float] | None = None
+
+    async def call(self, actor: object, method: str, *arguments: Any) -> Any:
+        if method == "replaced":
+            self.replaced = (str(arguments[0]), float(arguments[1]))
+            return None
+        self.watches += 1
+        if self.watches > 1 and self.stopped.poll() is None:
+            await asyncio.Event().wait()
+        pid = self.stopped.pid if self.watches == 1 else os.getpid()
+        return {
+            "events": [], "last": 0, "progress": {}, "ready": False, "port": 0, "given_up": None,
+            "stopped": self.replaced is not None, "pid": pid,
+        }  # fmt: skip
+
+
+async def test_controller_that_is_stopped_is_ended_and_its_replacement_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLEXPERT_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr("flexpert.controller.runtime_dir.MAX_SOCKET_PATH_BYTES", 1000)
+    monkeypatch.setattr("flexpert.cli.up.ANSWER_S", 0.05)
+    monkeypatch.setattr("flexpert.cli.contact.SILENT_S", 0.1)
+    out = io.StringIO()
+    with subprocess.Popen(["sleep", "600"]) as stopped:
+        try:
+            stopped.send_signal(signal.SIGSTOP)
+            controller = SilentController(stopped)
+            monkeypatch.setattr(ray_cluster, "call", controller.call)
+            up = _Up(UpOptions(), make("default"), Screen(out))
+            up._ray = SimpleNamespace(alive=True)
+            await asyncio.wait_for(up._follow(), 20)
+        finally:
+            stopped.kill()
+    assert controller.replaced is not None
+    assert controller.replaced[0].startswith("no answer for")
+    assert f"(pid {stopped.pid}) is ended" in out.getvalue()
+
+
+def test_controller_that_answers_in_between_is_let_live() -> None:
+    with subprocess.Popen(["sleep", "600"]) as slow:
+        try:
+            contact = Contact()
+            for _ in range(3):
+                assert contact.answered(slow.pid) is None
+                assert contact.unanswered(SILENT_S - 0.1) is None
+            assert slow.poll() is None
+        finally:
+            slow.kill()
