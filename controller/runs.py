@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from flexpert.controller.conductor import Conductor
 from flexpert.controller.journal import Facts
 from flexpert.controller.spec import ClusterSpec
-from flexpert.controller.supervision import Supervision, SupervisionConfig
+from flexpert.controller.supervision import Supervision
+from flexpert.controller.supervision_types import SupervisionConfig
 from flexpert.controller.transition import Transitions
 from flexpert.controller.transition_state import State, from_journal
 from flexpert.controller.transition_types import Device, ModelShape, TransitionConfig

@@ -14,8 +14,7 @@ too often in a row, or for a reason that no second try can change. The module re
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from flexpert.controller.supervision_types import (
     AGENT,
@@ -49,34 +48,13 @@ from flexpert.controller.supervision_types import (
     StartGateway,
     StopAll,
     StopRequested,
+    SupervisionConfig,
     Tick,
     WorkerLost,
     WorkerServes,
     WorkerStarting,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SupervisionConfig:
-    """standbys: warm processes kept on each node beside its workers. agents: worker -> agent of its node, AGENT where it is not named.
-    A component that served for stable_s has its earlier failures forgiven.
-
-    silence_s: a worker that serves and does not answer for so long is ended; service_silence_s: the same for gateway and agents, which have
-    no peers that wait for them, and for a worker that starts, which answers beside its loading. No more than max_tick_s of it pass from one
-    tick to the next: after a moment in which the controller itself stood still, others have their time to answer.
-    surplus_s: for so long a process that a leaving worker gave back is kept beyond `standbys`, for those who scale up again soon.
-    """
-
-    standbys: int = 0
-    agents: Mapping[str, str] = field(default_factory=dict)
-    max_start_failures: int = 5
-    backoff_base_s: float = 0.5
-    backoff_max_s: float = 10.0
-    stable_s: float = 60.0
-    silence_s: float = 3.0
-    service_silence_s: float = 10.0
-    max_tick_s: float = 1.0
-    surplus_s: float = 60.0
+from flexpert.controller.troubles import Troubles
 
 
 class ImpossibleEvent(Exception):
@@ -89,19 +67,6 @@ class _Process:
     agent: str = AGENT
     worker_id: str = ""
     idle_s: float = 0.0  # warm, by the ticks
-
-
-@dataclass(slots=True)
-class _Trouble:
-    """failures: ends in a row, forgiven after stable_s of service. start_failures: those since it last served.
-    pausing: left alone for a moment. ready_at_s: since when it serves, None where it does not.
-    """
-
-    failures: int = 0
-    start_failures: int = 0
-    pausing: bool = False
-    ready_at_s: float | None = None
-    was_ready: bool = False
 
 
 @dataclass
@@ -118,13 +83,11 @@ class Supervision:
         self._gateway = "absent"
         self._processes: dict[str, _Process] = {}
         self._wanted: list[str] = []  # workers that wait for a process, in the order in which they began to
-        self._serving = self._calm = False
-        self._trouble: dict[str, _Trouble] = {}
+        self._serving = self._calm = self._served_once = False
+        self._troubles = Troubles(self.config)
         self._silent_s: dict[str, float] = {}  # components whose answer is awaited -> for how long
         self._ticked_at_s: float | None = None
         self._story: deque[str] = deque(maxlen=40)
-
-    # What others may read
 
     @property
     def ready(self) -> bool:
@@ -161,22 +124,25 @@ class Supervision:
             case AgentReady(agent):
                 self._expect(agent in self._agents, event)
                 self._agents[agent] = "ready"
-                self._served(agent, now_s)
+                self._heard(agent)
+                self._troubles.served(agent, now_s)
             case GatewayReady(generation):
                 if self.phase == "new":
                     self._generation = max(self._generation, generation)
                 if generation == self._generation and self.phase != "draining":
                     self._gateway = "ready"
-                    self._served(GATEWAY, now_s)
+                    self._heard(GATEWAY)
+                    self._troubles.served(GATEWAY, now_s)
             case ProcessFound(name, worker_id, agent):
                 self._expect(self.phase == "new", event)
                 self._processes[name] = _Process("serving" if worker_id else "warm", agent, worker_id)
                 if worker_id:
-                    self._served(worker_id, now_s)
+                    self._troubles.served(worker_id, now_s)
             case ProcessWanted(worker_id):
                 self._want(worker_id, orders)
             case Settled(serving, calm):
                 self._serving, self._calm = serving, calm
+                self._served_once = self._served_once or serving
             case Failed(component, kind, reason, permanent):
                 self._failed(component, kind=kind, reason=reason, permanent=permanent, now_s=now_s, orders=orders)
             case Died(component, reason):
@@ -184,7 +150,7 @@ class Supervision:
             case Tick():
                 self._tick(now_s, orders)
             case PauseOver(component):
-                self._trouble_of(component).pausing = False
+                self._troubles.of(component).pausing = False
             case StopRequested():
                 self._request_stop(orders)
             case GatewayDrained():
@@ -199,7 +165,8 @@ class Supervision:
                 if (process := self._processes.get(name)) is not None:
                     self._expect(process.phase == "spawning", event)
                     process.phase = "warm"
-                    self._trouble_of(SPARE).start_failures, self._trouble_of(SPARE).was_ready = 0, True
+                    self._heard(name)
+                    self._troubles.succeeded(SPARE)
             case ProcessNotWanted(worker_id):
                 if worker_id in self._wanted:
                     self._wanted.remove(worker_id)
@@ -213,13 +180,12 @@ class Supervision:
                 if (process := self._processes.get(name)) is not None:
                     self._expect(process.phase in ("starting", "serving"), event)
                     process.phase = "serving"
-                    if name in self._silent_s:
-                        self._silent_s[name] = 0.0  # it had more time until now
-                    self._served(process.worker_id, now_s)
+                    self._heard(name)
+                    self._troubles.served(process.worker_id, now_s)
             case ProcessReleased(name):
                 if (process := self._processes.get(name)) is not None:
                     self._expect(process.phase != "spawning", event)
-                    self._trouble_of(process.worker_id).ready_at_s = None
+                    self._troubles.of(process.worker_id).ready_at_s = None
                     process.phase, process.worker_id, process.idle_s = "warm", "", 0.0
                     self._silent_s.pop(name, None)
             case ProcessEnded(name, reason):
@@ -284,8 +250,10 @@ class Supervision:
         self._ticked_at_s = now_s
         self._end_surplus(passed_s, orders)
         limits_s = self._limits_s()
-        self._silent_s = {name: silent_s for name, silent_s in self._silent_s.items() if name in limits_s}
+        self._silent_s = {name: self._silent_s[name] for name in self._silent_s if name in limits_s}
         for name, limit_s in limits_s.items():
+            if self.phase == "ended":
+                return
             if name not in self._silent_s:
                 self._silent_s[name] = 0.0
                 orders.append(AskProcess(name))
@@ -310,52 +278,50 @@ class Supervision:
                 del self._processes[name]
                 orders.append(KillProcess(name, f"idle for {spare[name]:.0f} s, and more than the standbys wanted"))
 
+    def _heard(self, component: str) -> None:
+        """It came so far: its silence counts anew, and by another limit."""
+        if component in self._silent_s:
+            self._silent_s[component] = 0.0
+
     def _limits_s(self) -> dict[str, float]:
         """Who must answer -> within how long."""
-        found = {name: self.config.silence_s for name, process in self._processes.items() if process.phase == "serving"}
-        services = [name for name, process in self._processes.items() if process.phase == "starting"]
-        services += [agent for agent, phase in self._agents.items() if phase == "ready"]
-        services += [GATEWAY] if self._gateway == "ready" and self.phase == "running" else []
-        return found | dict.fromkeys(services, self.config.service_silence_s)
+        config, services = self.config, dict(self._agents)
+        if self.phase == "running":
+            services[GATEWAY] = self._gateway
+        slow = {"serving": config.silence_s, "spawning": config.start_silence_s}
+        found = {name: slow.get(process.phase, config.service_silence_s) for name, process in self._processes.items()}
+        limits = {"ready": config.service_silence_s, "starting": config.start_silence_s}
+        return found | {name: limits[phase] for name, phase in services.items() if phase in limits}
 
     def _count(
         self, component: str, *, kind: str, reason: str, permanent: bool, now_s: float, orders: list[Instruction]
     ) -> None:
         """Decide between trying again at once, after a pause, and giving up. Whether a worker is given up is a transition's decision."""
-        trouble = self._trouble_of(component)
-        served_s = 0.0 if trouble.ready_at_s is None else now_s - trouble.ready_at_s
-        started, trouble.ready_at_s = trouble.ready_at_s is not None, None
-        trouble.failures = 1 if served_s >= self.config.stable_s else trouble.failures + 1
-        trouble.start_failures += not started
-        hopeless = (permanent and not trouble.was_ready) or trouble.start_failures >= self.config.max_start_failures
-        ours = component in (GATEWAY, SPARE, *self._agents)
-        if ours and hopeless and not started and not self.ready:  # what serves is never ended for want of a spare part
+        hopeless, delay_s = self._troubles.failed(component, permanent=permanent, now_s=now_s)
+        if hopeless and self._ends_with(component):
             self.phase = "ended"
             orders.append(GiveUp(component, kind, reason))
-            return
-        if started and trouble.failures == 1:
-            return  # it had been fine: replace it at once
-        delay_s = min(self.config.backoff_max_s, self.config.backoff_base_s * 2 ** min(trouble.failures - 1, 16))
-        delay_s -= served_s  # what keeps restarts apart is the time between them, not the time down
-        if delay_s > 0 and not trouble.pausing:
-            trouble.pausing = True
+        elif delay_s > 0:
             orders.append(Pause(component, delay_s))
 
-    def _served(self, component: str, now_s: float) -> None:
-        trouble = self._trouble_of(component)
-        trouble.ready_at_s, trouble.was_ready, trouble.start_failures = now_s, True, 0
+    def _ends_with(self, component: str) -> bool:
+        """Whether nothing can serve without it: at the beginning, later only where the last worker finds no process."""
+        if not self._served_once:
+            return component in (GATEWAY, SPARE, *self._agents)
+        serving = any(process.phase == "serving" for process in self._processes.values())
+        return component == SPARE and bool(self._wanted) and not serving
 
     def _reconcile(self, orders: list[Instruction]) -> None:
         """Order the difference between what is wanted and what is known."""
         if self.phase not in ("running", "draining"):
             return
         for agent, phase in self._agents.items():
-            if phase == "absent" and not self._pausing(agent):
+            if phase == "absent" and not self._troubles.pausing(agent):
                 self._agents[agent] = "starting"
                 orders.append(StartAgent(agent))
         self._give_processes(orders)
         self._spawn_processes(orders)
-        if self._gateway == "absent" and self.phase == "running" and not self._pausing(GATEWAY):
+        if self._gateway == "absent" and self.phase == "running" and not self._troubles.pausing(GATEWAY):
             self._generation += 1
             self._gateway = "starting"
             orders.append(StartGateway(self._generation))
@@ -363,7 +329,7 @@ class Supervision:
     def _give_processes(self, orders: list[Instruction]) -> None:
         for worker_id in list(self._wanted):
             agent = self._agent_of(worker_id)
-            if self._pausing(worker_id) or self._agents[agent] != "ready":
+            if self._troubles.pausing(worker_id) or self._agents[agent] != "ready":
                 continue
             for name, process in self._processes.items():
                 if process.phase == "warm" and process.agent == agent:
@@ -377,10 +343,11 @@ class Supervision:
         standbys = self.config.standbys if self.ready and self._calm and self.phase == "running" else 0
         for agent in self._agents:
             waiting = sum(
-                self._agent_of(worker_id) == agent and not self._pausing(worker_id) for worker_id in self._wanted
+                self._agent_of(worker_id) == agent and not self._troubles.pausing(worker_id)
+                for worker_id in self._wanted
             )
             spare = sum(not process.worker_id and process.agent == agent for process in self._processes.values())
-            while spare < waiting + standbys and not self._pausing(SPARE):
+            while spare < waiting + standbys and not self._troubles.pausing(SPARE):
                 name = f"process-{self._next_process}"
                 orders.append(SpawnProcess(name, urgent=spare < waiting, agent=agent))
                 self._next_process, spare = self._next_process + 1, spare + 1
@@ -388,12 +355,6 @@ class Supervision:
 
     def _agent_of(self, worker_id: str) -> str:
         return self.config.agents.get(worker_id, AGENT)
-
-    def _trouble_of(self, component: str) -> _Trouble:
-        return self._trouble.setdefault(component, _Trouble())
-
-    def _pausing(self, component: str) -> bool:
-        return self._trouble_of(component).pausing
 
     def _expect(self, possible: bool, event: Event) -> None:
         if not possible:

@@ -5,7 +5,8 @@ Values without behaviour; `controller.supervision` takes the one and gives the o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 AGENT = "agent"
 GATEWAY = "gateway"
@@ -233,3 +234,27 @@ Instruction = (
     StartAgent | SpawnProcess | GiveProcess | WorkerLost | KillProcess | AskProcess | StartGateway | Pause | DrainGateway | StopAll
     | GiveUp
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisionConfig:
+    """standbys: warm processes kept on each node beside its workers. agents: worker -> agent of its node, AGENT where it is not named.
+    A component that served for stable_s has its earlier failures forgiven.
+
+    silence_s: a worker that serves and does not answer for so long is ended; service_silence_s: the same for gateway and agents, which have
+    no peers that wait for them, for a worker that starts, which answers beside its loading, and for standbys; start_silence_s: for what is
+    only coming up. No more than max_tick_s pass from one tick to the next: where the controller itself stood still, others have their time.
+    surplus_s: for so long a process that a leaving worker gave back is kept beyond `standbys`, for those who scale up again soon.
+    """
+
+    standbys: int = 0
+    agents: Mapping[str, str] = field(default_factory=dict)
+    max_start_failures: int = 5
+    backoff_base_s: float = 0.5
+    backoff_max_s: float = 10.0
+    stable_s: float = 60.0
+    silence_s: float = 3.0
+    service_silence_s: float = 10.0
+    start_silence_s: float = 120.0
+    max_tick_s: float = 1.0
+    surplus_s: float = 60.0

@@ -151,7 +151,7 @@ class Transitions:
                 self.course.order(Answer(event.request_id, known[1]))
             else:
                 message = f'request id {event.request_id} was used for "{known[0]}" already: take another for "{asked}"'
-                self.course.order(Answer(event.request_id, "", "invalid", message))
+                self.course.order(Answer(event.request_id, "", "conflict", message))
             return
         workers = choose(self.config, self.state, event)
         if isinstance(workers, Refusal):
@@ -201,7 +201,8 @@ class Transitions:
 
     def _failed(self, event: Failed) -> None:
         worker, running = event.worker_id, self.state.running
-        if event.step == "process" and worker in self.state.missing and not self.losses.part(worker):
+        part = self.losses.part(worker)
+        if event.step == "process" and worker in self.state.missing and (not part or part.role == "left out"):
             del self.state.missing[worker]
             self.course.note("left_out", f"{worker} stays out: {event.reason}; scale to bring it back", worker=worker)
             return

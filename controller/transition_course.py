@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from flexpert.controller.transition_plan import limit_s, next_epoch, plan_next, to_publish
-from flexpert.controller.transition_requests import in_order, lacking_memory
+from flexpert.controller.transition_plan import next_epoch, plan_next, to_publish
+from flexpert.controller.transition_requests import in_order, lacking_memory, limit_s
 from flexpert.controller.transition_state import Live, Part, State, Transition
 from flexpert.controller.transition_types import (
     Abort,
@@ -28,6 +28,8 @@ from flexpert.controller.transition_types import (
     TransitionConfig,
     Withdraw,
 )
+
+MAX_REQUESTS = 1000  # ids that are remembered
 
 
 class Course:
@@ -84,6 +86,9 @@ class Course:
             state.requests[request_id] = (asked, running.transition_id)
             self.order(Answer(request_id, running.transition_id))
         if workers == state.members and not state.dead and not state.broken:
+            running.number = 0 if state.current is None else state.current.number
+            for worker in list(state.missing) if request_id else ():
+                self._take_back(running, worker, state.missing.pop(worker))
             self.end(running, "done", f"{len(workers)} serve already")
             return
         state.running, state.last_epoch = running, running.number
@@ -219,16 +224,18 @@ class Course:
             part.sources = []
         state.running = None
         state.ended.append(running)
-        for old in state.ended[: -self.config.max_history]:
-            state.requests.pop(old.request_id, None)
+        for request_id in list(state.requests)[:-MAX_REQUESTS]:
+            del state.requests[request_id]
         del state.ended[: -self.config.max_history]
         moved = sum(part.moved_bytes for part in running.parts.values())
         text = f"{running.asked}: {result}" + (f", {reason}" if reason else "")
         seconds = {worker: part.seconds for worker, part in running.parts.items() if part.seconds}
         self.note("ended", text, transition=running.transition_id, moved_bytes=moved, seconds=seconds)
-        if running.mends and (result != "done" or reason):
+        if running.kind == "rejoin" and result != "done":
+            self._come_back(running)
+        elif running.mends and (result != "done" or reason):
             self._count_failure(running)
-        elif running.mends:
+        elif running.mends or running.kind == "rejoin":
             state.failures = 0
             state.shunned.clear()
         self.order(Finished(running.transition_id, result, reason, running.permanent))
@@ -240,6 +247,22 @@ class Course:
         if running.kind == "boot" and (running.permanent or state.failures >= self.config.max_attempts):
             state.boot_workers, state.failures, running.permanent = 0, 0, True
         elif state.failures > 1:
+            self.pause()
+
+    def _come_back(self, running: Transition) -> None:
+        """Those whose return failed are wanted all the same, in a while; not for ever."""
+        state = self.state
+        state.failures += 1
+        workers = [worker for worker, part in running.parts.items() if part.role == "joins"]
+        if running.permanent or state.failures >= self.config.max_attempts:
+            state.failures = 0
+            for worker in workers:
+                self.note("left_out", f"{worker} stays out: {running.reason}; scale to bring it back", worker=worker)
+            return
+        for worker in workers:
+            state.missing[worker] = ""
+            self.order(GiveProcess(worker, state.failures))
+        if state.failures > 1:
             self.pause()
 
     def pause(self) -> None:

@@ -77,10 +77,3 @@ def to_publish(state: State) -> Publish:
         if worker in state.members or worker in draining
     ]
     return Publish(tuple(sorted(serving)), tuple(sorted(draining)))
-
-
-def limit_s(config: TransitionConfig, running: Transition) -> float:
-    """How long the phase may take. A repair waits a short time for processes at first, then as long as any."""
-    if running.phase == "start" and running.mends and running.kind != "boot" and not running.waited:
-        return config.deadlines.process_s
-    return float(getattr(config.deadlines, f"{running.phase}_s"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexpert.controller.transition_state import State
+from flexpert.controller.transition_state import State, Transition
 from flexpert.controller.transition_types import Request, TransitionConfig
 
 
@@ -18,6 +18,13 @@ class Refusal:
 
     code: str
     message: str
+
+
+def limit_s(config: TransitionConfig, running: Transition) -> float:
+    """How long the phase may take. A repair waits a short time for processes at first, then as long as any."""
+    if running.phase == "start" and running.mends and running.kind != "boot" and not running.waited:
+        return config.deadlines.process_s
+    return float(getattr(config.deadlines, f"{running.phase}_s", 0.0))
 
 
 def capacity_slabs(config: TransitionConfig, worker_id: str) -> int:
@@ -81,11 +88,10 @@ def _bounds(config: TransitionConfig, workers: int) -> Refusal | None:
 def _busy(config: TransitionConfig, state: State) -> Refusal | None:
     found = state.running
     if found is not None:
-        limit_s = getattr(config.deadlines, f"{found.phase}_s", 0.0)
         return Refusal(
             "conflict",
             f"transition {found.transition_id} ({found.asked}, to epoch {found.number}) is running: phase {found.phase}, which "
-            f"ends by itself within {limit_s:g} s; ask again after it, or follow it with 'flexpert status'",
+            f"ends by itself within {limit_s(config, found):g} s; ask again after it, or follow it with 'flexpert status'",
         )
     if state.current is None:
         return Refusal("conflict", "the cluster has not started yet; ask again once it serves")
@@ -115,8 +121,11 @@ def _drain(config: TransitionConfig, state: State, worker_id: str) -> tuple[str,
     busy = _busy(config, state)
     if busy:
         return busy
+    if worker_id in state.missing:
+        return state.members  # it is not wanted back any more
     if worker_id not in state.members:
-        return Refusal("not_found", f'there is no worker "{worker_id}": {", ".join(state.members)} serve')
+        verb = "serves" if len(state.members) == 1 else "serve"
+        return Refusal("not_found", f'there is no worker "{worker_id}": {", ".join(state.members)} {verb}')
     rest = tuple(worker for worker in state.members if worker != worker_id)
     if not rest:
         return Refusal(

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from flexpert.controller import supervision_types as s
 from flexpert.controller import transition_types as t
 from flexpert.controller.conductor import Conductor
-from flexpert.controller.supervision import Supervision, SupervisionConfig
+from flexpert.controller.supervision import Supervision
+from flexpert.controller.supervision_types import SupervisionConfig
 from flexpert.controller.transition import Transitions
 
 MODEL = t.ModelShape(layers=2, experts=4, slab_bytes=10, dense_bytes=5, kv_min_bytes=5)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexpert.controller.supervision import ImpossibleEvent, Supervision, SupervisionConfig
+from flexpert.controller.supervision import ImpossibleEvent, Supervision
 from flexpert.controller.supervision_types import (
     AGENT,
     GATEWAY,
@@ -39,6 +39,7 @@ from flexpert.controller.supervision_types import (
     StartGateway,
     StopAll,
     StopRequested,
+    SupervisionConfig,
     Tick,
     WorkerLost,
     WorkerServes,
@@ -337,14 +338,14 @@ def test_worker_that_answers_is_left_alone() -> None:
     assert machine.ready
 
 
-def test_process_is_asked_once_it_starts_as_a_worker() -> None:
+def test_process_that_starts_as_a_worker_must_answer() -> None:
     """However long that takes; one that stands still meanwhile would hold the transition up."""
     machine = Supervision(SupervisionConfig(silence_s=3, service_silence_s=10, max_tick_s=4))
     for event in (Begin(), ProcessWanted("worker-0"), AgentReady(), GatewayReady(1)):
         machine.handle(event, now_s=0)
-    assert ticks(machine, *range(0, 100, 2)) == [], "spawning"
-    machine.handle(ProcessWarm("process-0"), now_s=100)
-    machine.handle(WorkerStarting("process-0"), now_s=100)
+    assert set(ticks(machine, *range(0, 100, 2))) == {AskProcess("process-0")}, "spawning: two minutes"
+    for event in (Answered("process-0"), ProcessWarm("process-0"), WorkerStarting("process-0")):
+        machine.handle(event, now_s=100)
     assert set(ticks(machine, *range(100, 1000, 2), answering=True)) == {AskProcess("process-0")}, "loading for long"
     assert ticks(machine, 1000, 1002, 1004, 1006, 1008) == [AskProcess("process-0")], (
         "it has more time than one that serves"
@@ -369,7 +370,39 @@ def test_gateway_or_agent_that_does_not_answer_is_ended_and_started_anew(compone
     machine = started(silence_s=3, service_silence_s=10, max_tick_s=4)
     assert ticks(machine, 20, 22, 24, 26, 28, silent=component) == [AskProcess(component)]
     assert ticks(machine, 30, silent=component) == [KillProcess(component, "no answer for 10 s; ended"), next]
-    assert ticks(machine, 32, 100, silent=component) == [], "it is not asked before it is there"
+    found = ticks(machine, *range(32, 32 + 124, 4), silent=component)
+    killed = KillProcess(component, "no answer for 120 s; ended")
+    assert found == [AskProcess(component), killed, Pause(component, 1.0)], "two minutes while it starts"
+
+
+def test_standby_or_spawning_process_that_stands_still_is_replaced() -> None:
+    machine = started(standbys=1, max_tick_s=4)
+    found = ticks(machine, *range(0, 128, 4), silent="process-1")
+    assert KillProcess("process-1", "no answer for 120 s; ended") in found
+    machine.handle(PauseOver("standby"), now_s=130)
+    machine.handle(ProcessWarm("process-2"), now_s=130)
+    found = ticks(machine, *range(130, 146, 4), silent="process-2")
+    assert KillProcess("process-2", "no answer for 12 s; ended") in found
+
+
+def test_what_served_is_not_given_up_for_a_node_that_is_lost() -> None:
+    """Its agent cannot be started anew, and a worker elsewhere dies meanwhile."""
+    machine = Supervision(SupervisionConfig(agents={"worker-1": "agent-1"}, max_start_failures=3))
+    for event in (
+        Begin(), ProcessWanted("worker-0"), AgentReady(), AgentReady("agent-1"), GatewayReady(1), ProcessWarm("process-0"),
+    ):  # fmt: skip
+        machine.handle(event, now_s=0)
+    serves(machine, "process-0")
+    machine.handle(Died("agent-1", "node lost"), now_s=1)
+    for now_s in range(20, 120, 20):
+        machine.handle(PauseOver("agent-1"), now_s=now_s)
+        machine.handle(Failed("agent-1", "internal", "no such node", False), now_s=now_s)
+    machine.handle(BROKEN, now_s=120)
+    machine.handle(PauseOver("agent-1"), now_s=120)
+    orders = machine.handle(Failed("agent-1", "internal", "no such node", True), now_s=120)
+    assert not any(isinstance(order, GiveUp) for order in orders)
+    machine.handle(WHOLE, now_s=121)
+    assert machine.ready
 
 
 def test_gateway_that_drains_is_not_asked() -> None:
@@ -473,7 +506,7 @@ class World:
                 self.without.append(worker_id)
             case AskProcess(process):
                 services = {AGENT: self.agent, GATEWAY: self.gateway}
-                assert self.processes.get(process) in ("starting", "serving") or services.get(process) == "ready"
+                assert process in self.processes or services.get(process) in ("starting", "ready")
                 assert process not in self.asked_at_s, "asked twice"
                 self.asked_at_s[process] = self.now_s
             case KillProcess(process, reason):

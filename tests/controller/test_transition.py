@@ -165,7 +165,7 @@ def test_a_request_id_names_one_transition_for_ever() -> None:
     assert world.request("scale", 2, "again") == first, "also when it ended"
     assert world.machine.progress(first.transition_id).state == "done"
     other = world.request("scale", 3, "again")
-    assert other.code == "invalid" and '"scale 2"' in other.message
+    assert other.code == "conflict" and '"scale 2"' in other.message
 
 
 @pytest.mark.parametrize(
@@ -295,6 +295,67 @@ def test_a_scale_without_the_one_that_was_left_out_gives_it_up() -> None:
     assert Withdraw("worker-1") in world.sent
     world.settle()
     assert world.machine.state.members == ("worker-0",)
+
+
+def left_out(world: World, worker: str) -> None:
+    """It dies, no process comes in time, and the others go on."""
+    world.happen(Dies(process_of(world, worker)))
+    world.send(Expired(world.deadline))
+    for kind in (Prepare, Commit, Retire):
+        answer_all(world, kind)
+    assert worker in world.machine.state.missing
+
+
+def test_a_scale_to_those_that_serve_gives_up_the_one_that_was_left_out() -> None:
+    world = serving(3)
+    left_out(world, "worker-1")
+    epoch = world.machine.current.number
+    answer = world.request("scale", 2)
+    assert Withdraw("worker-1") in world.sent
+    assert (answer.code, world.machine.progress(answer.transition_id).epoch) == ("", epoch)
+    world.settle()
+    assert world.machine.state.members == ("worker-0", "worker-2")
+
+
+def test_one_that_was_left_out_may_be_drained() -> None:
+    world = serving(3)
+    left_out(world, "worker-1")
+    assert world.request("drain", "worker-1").code == ""
+    assert Withdraw("worker-1") in world.sent
+    world.settle()
+    assert world.machine.state.members == ("worker-0", "worker-2")
+
+
+def test_a_return_that_fails_is_tried_again() -> None:
+    world = serving(3)
+    left_out(world, "worker-1")
+    world.answer(orders(world, GiveProcess)["worker-1"])
+    assert world.machine.progress().kind == "rejoin"
+    world.happen(Dies(orders(world, StartWorker)["worker-1"].process))
+    world.settle()
+    assert world.machine.state.members == ("worker-0", "worker-1", "worker-2")
+
+
+def test_a_return_that_fails_for_good_is_told() -> None:
+    world = serving(3)
+    left_out(world, "worker-1")
+    world.answer(orders(world, GiveProcess)["worker-1"])
+    start = orders(world, StartWorker)["worker-1"]
+    world.send(Failed("worker-1", start.process, "start", "no memory", permanent=True))
+    world.settle()
+    assert world.machine.state.members == ("worker-0", "worker-2") and world.machine.healthy
+    assert any(note.kind == "left_out" and "scale to bring it back" in note.text for note in world.notes)
+
+
+def test_no_process_for_one_that_is_left_out_is_told_while_the_repair_runs() -> None:
+    world = serving(3)
+    world.happen(Dies(process_of(world, "worker-1")))
+    world.send(Expired(world.deadline))
+    world.send(Failed("worker-1", "", "process", "the node is gone"))
+    assert any("stays out: the node is gone" in note.text for note in world.notes)
+    world.orders.pop(("worker-1", "GiveProcess"), None)
+    world.settle()
+    assert world.machine.state.members == ("worker-0", "worker-2") and not world.machine.state.missing
 
 
 def test_a_lost_manager_ends_its_worker_and_the_replacement_reloads_its_share() -> None:
