@@ -17,6 +17,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from flexpert.controller.errors import AdminError
 from flexpert.controller.gateway.admin import CallController, ControllerAway
 
 log = logging.getLogger("flexpert.gateway")
@@ -89,12 +90,18 @@ class ClusterFacts(Collector):
                 self._followed.add(transition_id)
         self._last_event = max(self._last_event, told["last"])
         for transition_id in sorted(self._followed):
-            progress = await call("transition", transition_id)
+            try:
+                progress = await call("transition", transition_id)
+            except AdminError:  # so long ago that the controller has forgotten it
+                self._followed.discard(transition_id)
+                continue
             if progress and progress["state"] != "running":
                 self._followed.discard(transition_id)
                 self._count(progress)
 
     def _count(self, progress: dict[str, Any]) -> None:
+        if not progress["members"]:
+            return  # nothing was to be done
         self._transitions.labels(progress["kind"], progress["state"]).inc()
         self._moved_bytes.inc(progress.get("moved_bytes") or 0)
         if progress.get("seconds") is not None:

@@ -58,6 +58,8 @@ class PlayedController:
         return self.transition("t-1")
 
     def transition(self, transition_id: str) -> dict[str, Any]:
+        if transition_id == "t-forgotten":
+            raise AdminError("not_found", "there is no transition 't-forgotten', or it is too long ago")
         members = [
             {"worker_id": "worker-0", "role": "stays", "seconds": {"prepare": 0.2, "commit": 0.004}},
             {
@@ -67,7 +69,7 @@ class PlayedController:
             },
         ]
         return {"transition_id": transition_id, "state": self.state, "kind": "scale", "phase": "prepare", "moved_bytes": 700,
-                "total_bytes": 1000, "seconds": 0.6, "members": members}  # fmt: skip
+                "total_bytes": 1000, "seconds": 0.6, "members": [] if transition_id == "t-0-idle" else members}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +248,8 @@ def test_refusal_survives_pickling() -> None:
 
 
 def test_metrics_tell_of_the_cluster(harness: Any) -> None:
-    """A transition is counted once, when it has ended, and only where it began after this gateway."""
+    """A transition is counted once, when it has ended, and only where it began after this gateway; not one in which there was nothing to do,
+    nor one that the controller has forgotten."""
     controller = PlayedController()
     gateway = harness.gateway(call_controller=controller, wait=False)
     facts = harness.run(_parts(gateway)).cluster
@@ -256,7 +259,10 @@ def test_metrics_tell_of_the_cluster(harness: Any) -> None:
         return httpx.get(f"{gateway.url}/metrics").text
 
     old = {"sequence": 1, "time_s": 1.0, "kind": "transition", "text": "before", "transition_id": "t-0"}
-    controller.events = [old, {**old, "sequence": 2, "time_s": facts._began_s + 1, "transition_id": "t-1"}]
+    begun = ["t-0-idle", "t-forgotten", "t-1"]
+    controller.events = [old] + [
+        {**old, "sequence": 2 + n, "time_s": facts._began_s + 1, "transition_id": name} for n, name in enumerate(begun)
+    ]
     text = scrape()
     for line in (
         "flexpert_epoch 3.0",
