@@ -65,7 +65,10 @@ class Front:
         finally:
             endpoint = INFERENCE_PATHS.get(scope["path"])
             if endpoint is not None:
-                self._metrics.requests.labels(endpoint, scope.get(OUTCOME_KEY) or _outcome(status)).inc()
+                outcome = scope.get(OUTCOME_KEY) or _outcome(status)
+                self._metrics.requests.labels(endpoint, outcome).inc()
+                if outcome == "rejected":
+                    self._metrics.window.refused(time.monotonic())
 
     async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         error = self._refusal(scope, headers)

@@ -134,6 +134,11 @@ class Generation:
         return self._prepared.prompts[output.index // self._prepared.n].prompt
 
     def start(self) -> None:
+        self._metrics.window.arrived(
+            time.monotonic(),
+            choices=len(self._choices),
+            prompt_tokens=sum(len(choice.prompt_token_ids) for choice in self._choices),
+        )
         self._pool.add(self._choices)
 
     async def wait(self) -> None:
@@ -156,19 +161,26 @@ class Generation:
         error = self.first_error()
         finished = self.done and error is None
         self._ticket.release(served=finished)
-        self._measure(finished)
         if error is not None:
-            return "invalid" if error.status_code < 500 else "failed"
-        return "completed" if finished else "cancelled"
+            outcome = "invalid" if error.status_code < 500 else "failed"
+        else:
+            outcome = "completed" if finished else "cancelled"
+        self._measure(finished, outcome)
+        return outcome
 
-    def _measure(self, finished: bool) -> None:
-        usage = self.usage
+    def _measure(self, finished: bool, outcome: str) -> None:
+        usage, now_s = self.usage, time.monotonic()
+        for output in self.outputs:
+            ttft_s = None if output.first_token_s is None else output.first_token_s - output.arrived_s
+            self._metrics.window.ended(
+                now_s, outcome=outcome, ttft_s=ttft_s, tpot_s=output.tpot_s, waited_s=now_s - output.arrived_s
+            )
         self._metrics.generation_tokens.inc(usage.completion_tokens)
         if not finished:
             return
         self._metrics.prompt_tokens.inc(usage.prompt_tokens)
         self._metrics.cached_tokens.inc(sum(tokens or 0 for tokens in self._cached_tokens))
-        self._metrics.e2e.observe(time.monotonic() - self._ticket.arrived_s)
+        self._metrics.e2e.observe(now_s - self._ticket.arrived_s)
         for output in self.outputs:
             if output.tpot_s is not None:
                 self._metrics.tpot.observe(output.tpot_s)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import Protocol
 
 from flexpert.controller.gateway.config import WorkerAddress
@@ -51,6 +52,7 @@ class WorkerLink:
         self.target = target
         self.welcome: Welcome | None = None
         self.stats: Stats | None = None
+        self.stats_at_s = 0.0
         self.connected = False
         self.problem = "not connected yet"
         self._useful = False  # in this session the worker said more than Welcome
@@ -125,7 +127,7 @@ class WorkerLink:
         if isinstance(frame, StepOutput):
             self._events.on_step(self, frame)
         elif isinstance(frame, Stats):
-            self.stats = frame
+            self.stats, self.stats_at_s = frame, time.monotonic()
         elif isinstance(frame, Failed):
             self._events.on_failed(self, frame)
         elif isinstance(frame, Released):

@@ -5,6 +5,7 @@ One registry for each gateway, so that two in one process (tests) do not collide
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -13,6 +14,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from flexpert.controller.gateway.link import WorkerLink
+from flexpert.controller.gateway.window import LoadWindow
 
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 _TOKEN_BUCKETS_S = (
@@ -35,11 +37,12 @@ _TOKEN_BUCKETS_S = (
     10.0,
 )
 _E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+_ATTAINMENT_WINDOW_S = 60.0
 _QUEUE_BUCKETS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class GatewayMetrics:
-    """`live` and `waiting` are asked at each scrape."""
+    """`live` and `waiting` are asked at each scrape. `window` is beside them for the scaling policy."""
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class GatewayMetrics:
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
+        self.window = LoadWindow(began_s=time.monotonic())
         self.ttft = self._histogram(
             "ttft_seconds", "Arrival of a request to the first token of a choice.", _TTFT_BUCKETS_S
         )
@@ -85,6 +89,7 @@ class GatewayMetrics:
         )
         self._gauge("flexpert_requests_live", "Choices that are queued or running.", live)
         self._gauge("flexpert_requests_waiting", "Choices that no worker has taken yet.", waiting)
+        self.registry.register(_Attainment(self.window))
         self.registry.register(_WorkerCollector(links, connections))
 
     def render(self) -> bytes:
@@ -95,6 +100,22 @@ class GatewayMetrics:
 
     def _gauge(self, name: str, text: str, read: Callable[[], int]) -> None:
         Gauge(name, text, registry=self.registry).set_function(read)
+
+
+class _Attainment(Collector):
+    """Absent without an SLO, and where no choice ended in the window: neither is 0 nor 1."""
+
+    def __init__(self, window: LoadWindow) -> None:
+        self._window = window
+
+    def collect(self) -> Iterator[Metric]:
+        found = self._window.look(time.monotonic(), window_s=_ATTAINMENT_WINDOW_S)
+        family = GaugeMetricFamily(
+            "flexpert_slo_attainment", "Share of the choices that ended in the last minute within the policy's SLO."
+        )
+        if judged := found["met"] + found["missed"]:
+            family.add_metric([], found["met"] / judged)
+        yield family
 
 
 class _WorkerCollector(Collector):

@@ -67,7 +67,7 @@ class ChoiceOutput:
         self._detokenizer = detokenizer
         self._scanner = StopScanner(stops)
         self._metrics = metrics
-        self._arrived_s = arrived_s
+        self.arrived_s = arrived_s
         self._wake = wake
         self._stream = stream
         self._discard = discard
@@ -102,7 +102,8 @@ class ChoiceOutput:
     def on_submitted(self, now_s: float) -> None:
         if not self._submitted:
             self._submitted = True
-            self._metrics.queue_time.observe(now_s - self._arrived_s)
+            self._metrics.queue_time.observe(now_s - self.arrived_s)
+            self._metrics.window.queued(now_s, now_s - self.arrived_s)
 
     def on_prompt_logprobs(self, prompt: PromptLogprobs) -> None:
         self.prompt_logprobs = prompt
@@ -145,9 +146,11 @@ class ChoiceOutput:
     def _measure(self, now_s: float) -> None:
         if self.first_token_s is None:
             self.first_token_s = now_s
-            self._metrics.ttft.observe(now_s - self._arrived_s)
+            self._metrics.ttft.observe(now_s - self.arrived_s)
+            self._metrics.window.first_token(now_s, now_s - self.arrived_s)
         else:
             self._metrics.itl.observe(now_s - self._last_token_s)
+            self._metrics.window.token(now_s)
         self._last_token_s = now_s
 
     def _show(self, token: TokenOutput) -> None:

@@ -13,6 +13,7 @@ import logging
 import socket
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import uvicorn
 from starlette.middleware.cors import CORSMiddleware
@@ -26,6 +27,7 @@ from flexpert.controller.gateway.config import GatewayConfig, GatewayError, Work
 from flexpert.controller.gateway.errors import shutting_down
 from flexpert.controller.gateway.front import Front
 from flexpert.controller.gateway.keys import AdminKeys, ApiKeys
+from flexpert.controller.gateway.load import gateway_load
 from flexpert.controller.gateway.metrics import GatewayMetrics
 from flexpert.controller.gateway.pool import WorkerPool
 from flexpert.controller.gateway.tokenizer import ModelTokenizer
@@ -112,6 +114,11 @@ class Gateway:
     def _apply_workers(self) -> None:
         if hasattr(self, "_pool"):
             self._pool.set_desired(self._workers)
+
+    def load(self, *, window_s: float, slo: tuple[float | None, float | None] | None) -> dict[str, Any]:
+        """See `load`; on this object's loop, after start."""
+        window = self._parts.metrics.window
+        return gateway_load(self._pool, window, now_s=time.monotonic(), window_s=window_s, slo=slo)
 
     async def drain_and_stop(self) -> None:
         """Take nothing new, let live requests end within drain_timeout_s, end the rest with an error, close. May be called again."""
