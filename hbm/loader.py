@@ -1,9 +1,9 @@
 """The loader helper: reads checkpoint files into the granules of new weights, reports progress, and exits.
 
-`python -m flexpert.hbm.loader POOL_FD TASK_FD CHANNEL_FD`, started by `loads.Load` in the manager. Threads read:
-straight into the mapped granules where the dtype is the same (preadv), through a chunk buffer and `convert` where it is
-not. Each byte is read once. It dies with the manager, and on any error says which file, what was found and what was
-expected.
+`python -m flexpert.hbm.loader CHANNEL_FD`, started by `helpers.Helper` in the manager; pool and task come over the
+channel when there is a load. Threads read: straight into the mapped granules where the dtype is the same (preadv),
+through a chunk buffer and `convert` where it is not. Each byte is read once. It dies with the manager, and on any error
+says which file, what was found and what was expected.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -42,8 +43,12 @@ def main(arguments: Sequence[str]) -> int:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != manager_pid:
         return 1
-    pool_fd, task_fd, channel_fd = map(int, arguments)
+    (channel_fd,) = map(int, arguments)
     channel = socket.socket(fileno=channel_fd)
+    given: deque[int] = deque()
+    if not wire.receive(channel, given):
+        return 0  # no load came, and the manager has ended
+    pool_fd, task_fd = given
     try:
         with os.fdopen(task_fd, "rb") as task_file:
             task = msgspec.msgpack.decode(task_file.read(), type=LoaderTask)

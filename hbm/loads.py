@@ -1,4 +1,4 @@
-"""Runs one loader helper: starts it, relays its progress, and says how it ended when its process has exited.
+"""Runs one load: gives it to a helper, relays its progress, and says how it ended when the helper's process has exited.
 
 The helper maps the new granules writable; they count as loaded only after its exit, so nobody else has a writable
 mapping then. A helper that is killed or crashes is a failed load with a reason, never a failed manager. Called by
@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable
 
@@ -20,6 +17,7 @@ import msgspec
 from flexpert.hbm import wire
 from flexpert.hbm.backend import Pool
 from flexpert.hbm.errors import ProtocolError
+from flexpert.hbm.helpers import Helpers
 from flexpert.hbm.loop import READ, EventLoop
 from flexpert.hbm.messages import Done, ErrorReply, LoaderMessage, LoadSegments, Progress
 from flexpert.hbm.records import LoadRecord
@@ -38,33 +36,25 @@ class Load:
         pool: Pool,
         record: LoadRecord,
         copies: bytes,
+        helpers: Helpers,
         *,
         on_progress: Callable[[], None],
         on_end: Callable[[str | None], None],
     ) -> None:
-        """Starts the helper; raises OSError where no process can be started."""
+        """Gives the load to a helper; raises OSError where no process can be started."""
         self.done_bytes = self.total_bytes = 0
         self.waiters: list[tuple[int, LoadSegments]] = []  # (client id, its question)
         self._loop, self._on_progress, self._on_end = loop, on_progress, on_end
         self._reader = wire.loader_messages()
         self._finished = False
         self._reason: str | None = None
-        self._channel, theirs = socket.socketpair()
-        self._channel.setblocking(False)
-        pool_fd = pool.export(writable=True)
-        task_fd = _memfd_with(_task(record, copies))
-        passed = (pool_fd, task_fd, theirs.fileno())
+        given = pool.export(writable=True), _memfd_with(_task(record, copies))
         try:
-            command = [sys.executable, "-P", "-m", "flexpert.hbm.loader", *map(str, passed)]
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=passed)
-            self._pidfd = os.pidfd_open(self.process.pid)
-        except OSError:
-            self._channel.close()
-            raise
+            helper = helpers.start(given)
         finally:
-            theirs.close()
-            os.close(pool_fd)
-            os.close(task_fd)
+            for descriptor in given:
+                os.close(descriptor)
+        self.process, self._pidfd, self._channel = helper.process, helper.pidfd, helper.channel
         loop.watch(self._channel.fileno(), READ, self._on_channel)
         loop.watch(self._pidfd, READ, self._on_exit)
 

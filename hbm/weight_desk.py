@@ -15,11 +15,14 @@ from flexpert.hbm.backend import Pool
 from flexpert.hbm.books import Books
 from flexpert.hbm.describe import state_of
 from flexpert.hbm.errors import HbmError, LoadError
+from flexpert.hbm.helpers import Helpers
 from flexpert.hbm.loads import Load
 from flexpert.hbm.loop import EventLoop
 from flexpert.hbm.peers import Peers
 
 log = logging.getLogger(__name__)
+
+SPARE_DELAY_S = 1.0  # the caller has things to do with what was loaded, and needs the cores
 
 WeightsMessage = m.GetWeightsState | m.GetSegments | m.LoadSegments | m.PinSegments | m.ReleasePin | m.DropSegments
 
@@ -40,6 +43,8 @@ class WeightDesk:
         self._loop, self._pool, self._books, self._peers = loop, pool, books, peers
         self._settle, self._discard = settle, discard
         self._loads: dict[int, Load] = {}
+        self._helpers = Helpers()
+        loop.call_later(SPARE_DELAY_S, self._prepare)
 
     def answer(self, client_id: int, message: WeightsMessage) -> None:
         """Raises HbmError for what is refused."""
@@ -67,6 +72,7 @@ class WeightDesk:
 
     def close(self) -> None:
         """The daemon ends: no helper outlives it."""
+        self._helpers.close()
         for load in list(self._loads.values()):
             load.process.kill()
             load.process.wait()
@@ -91,6 +97,7 @@ class WeightDesk:
                 self._pool,
                 record,
                 bytes(message.copies),
+                self._helpers,
                 on_progress=lambda: self._progressed(load),
                 on_end=lambda reason: self._ended(record.load_id, load, reason),
             )
@@ -102,6 +109,14 @@ class WeightDesk:
         log.info("loading %d segments of weights %r with helper pid %d", len(missing), message.key, load.process.pid)
         return load
 
+    def _prepare(self) -> None:
+        """Have a helper that waits for the next load, where none runs."""
+        if not self._loads:
+            try:
+                self._helpers.prepare()
+            except OSError as error:
+                log.warning("no loader helper could be started in advance: %s", error)
+
     def _progressed(self, load: Load) -> None:
         for client_id, message in load.waiters:
             if self._peers.is_keeping_up(client_id):
@@ -109,6 +124,7 @@ class WeightDesk:
 
     def _ended(self, load_id: int, load: Load, reason: str | None) -> None:
         del self._loads[load_id]
+        self._loop.call_later(SPARE_DELAY_S, self._prepare)
         weights = self._books.weights
         key = weights.loads[load_id].key
         if reason is None:

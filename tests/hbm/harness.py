@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,17 @@ class BackgroundLoad:
         os.close(self.progressed)
         os.close(self._report)
         return self.error
+
+
+def wait_for_helper(manager: ManagerHandle, *, but: Collection[int]) -> int:
+    """The pid of the helper that waits for a load, once the manager has started another one than those."""
+    deadline_s = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline_s:
+        children = Path(f"/proc/{manager.pid}/task/{manager.pid}/children").read_text().split()
+        if found := [int(child) for child in children if int(child) not in but]:
+            return found[0]
+        select.select([], [], [], 0.02)
+    raise AssertionError("no helper was started in advance")
 
 
 def helper_pid(manager: ManagerHandle) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.hbm.harness import WAIT_S, BackgroundLoad, Child, helper_pid, readable, wait_for_exit
+from tests.hbm.harness import WAIT_S, BackgroundLoad, Child, helper_pid, readable, wait_for_exit, wait_for_helper
 
 from flexpert.hbm import (
     GRANULE_BYTES,
@@ -271,6 +271,28 @@ def test_dropping_weights_that_are_being_loaded_ends_the_load(connect: Connect, 
     client.drop_weights("w")
     assert "dropped while they were being loaded" in str(load.join())
     assert client.info().free_bytes == client.info().budget_bytes
+
+
+def test_a_helper_waits_for_each_load_and_one_that_was_killed_is_done_without(
+    connect: Connect, manager: ManagerHandle, tmp_path: Path
+) -> None:
+    good = tmp_path / "good"
+    good.write_bytes(b"y" * 1000)
+    client = connect()
+    used = []
+    for key in ("a", "b"):
+        pid = wait_for_helper(manager, but=used)
+        if key == "b":
+            os.kill(pid, signal.SIGKILL)
+            wait_for_exit(pid)
+        client.load_weights(key, plain_plan(good, 1000))
+        wait_for_exit(pid)
+        used.append(pid)
+        assert client.map_weights(key).segments["s"].memory() == b"y" * 1000
+    assert client.findings() == []
+    waiting = wait_for_helper(manager, but=used)
+    os.kill(manager.pid, signal.SIGTERM)
+    wait_for_exit(waiting)
 
 
 def test_the_helper_ends_with_its_manager(manager: ManagerHandle, connect: Connect, slow_file: Path) -> None:
