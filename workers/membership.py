@@ -28,7 +28,8 @@ from flexpert.workers.kv_move import KvSender
 from flexpert.workers.kv_space import KvSpace
 from flexpert.workers.model import BoundModel, expert_segments
 from flexpert.workers.model.layout import is_experts
-from flexpert.workers.prepared import MembershipError, PrepareAborted, PreparedEpoch
+from flexpert.workers.orders import Orders
+from flexpert.workers.prepared import MembershipError, PreparedEpoch
 from flexpert.workers.scheduler import Scheduler
 from flexpert.workers.transport import Transport
 
@@ -61,16 +62,15 @@ class Membership:
         self._worker_id = worker_id
         self._weights, self._bound, self._kv = weights, bound, kv
         self._engine, self._scheduler = engine, scheduler
-        self._connect, self._cancel_connect = connect, cancel_connect
+        self._connect = connect
+        self._orders = Orders(worker_id, cancel_connect=cancel_connect, interrupt=weights.interrupt)
         self._context_tokens = context_tokens
         self._make_sender = make_sender
         self._lock = threading.RLock()
         self._current: PreparedEpoch | None = None
         self._prepared: dict[int, PreparedEpoch] = {}
         self._former: list[PreparedEpoch] = []
-        self._aborted: set[int] = set()
         self._retired: dict[str, Any] = {}
-        self._fetching: tuple[str, ...] = ()
         self._trouble_lock = threading.Lock()
         self._trouble_waiters: list[Future[Trouble]] = []
         engine.on_trouble = self._note_trouble
@@ -91,17 +91,19 @@ class Membership:
         """{"moved_bytes", "loaded_bytes", "seconds": {phase: s}}. Raises MembershipError, BudgetError, ConnectError, LoadError; then
         nothing is left of it."""
         until_s = time.monotonic() + deadline_s
-        with self._lock:
+        self._orders.came(epoch.number)
+        with self._orders.turn(self._lock, ends=epoch.number - 1):
             self._settle()
             known = self._known(epoch)
             if known is not None:
                 return known.answer
-            self._aborted.discard(epoch.number)
+            self._orders.check(epoch.number, until_s)
             for other in list(self._prepared):
                 self._undo(self._prepared.pop(other))
             made = self._share_of(epoch)
             try:
-                self._make(made, sources, until_s)
+                with self._orders.preparing(epoch.number):
+                    self._make(made, sources, until_s)
             except BaseException:
                 self._undo(made)
                 raise
@@ -142,7 +144,7 @@ class Membership:
             nonlocal began_s
             now_s = time.monotonic()
             seconds[phase], began_s = round(now_s - began_s, 4), now_s
-            self._check_time(epoch.number, until_s)
+            self._orders.check(epoch.number, until_s)
 
         if rank is not None:
             missing = [name for name in made.names if name not in self._weights.segments()]
@@ -151,13 +153,11 @@ class Membership:
                     self._held_bytes(made.names), self._scheduler, self._between, keep_tokens=self._context_tokens
                 )
             mark("room")
-            self._fetching = made.fetched.names = tuple(missing)
-            try:
+            made.fetched.names = tuple(missing)
+            with self._orders.fetching(epoch.number, missing, until_s):
                 made.fetched = self._weights.fetch(
-                    made.names, sources, lambda done, total: self._check_time(epoch.number, until_s)
+                    made.names, sources, lambda done, total: self._orders.check(epoch.number, until_s)
                 )
-            finally:
-                self._fetching = ()
             mark("fetch")
             made.held = self._weights.experts(made.names)
             made.experts = EpochExperts(self._bound, epoch.held_by(rank), made.held.memory)
@@ -195,7 +195,7 @@ class Membership:
             lambda _: threading.Thread(target=self._hand_over, args=(made,), name="hand-over", daemon=True).start()
         )
         made.sender.open(epoch)
-        made.sender.copy(until_s - COPY_MARGIN_S, lambda: self._check_time(epoch.number, until_s))
+        made.sender.copy(until_s - COPY_MARGIN_S, lambda: self._orders.check(epoch.number, until_s))
 
     def _hand_over(self, made: PreparedEpoch) -> None:
         """After the flip: copy what was computed meanwhile, then give the requests back."""
@@ -210,12 +210,6 @@ class Membership:
             made.handed_over.set_result(self._engine.release(targets).result(BETWEEN_STEPS_TIMEOUT_S))
         except Exception as error:
             made.handed_over.set_exception(error)
-
-    def _check_time(self, number: int, until_s: float) -> None:
-        if number in self._aborted:
-            raise PrepareAborted(f"epoch {number} was aborted while worker {self._worker_id} prepared it")
-        if time.monotonic() > until_s:
-            raise PrepareAborted(f"worker {self._worker_id} could not prepare epoch {number} in time")
 
     def _undo(self, made: PreparedEpoch) -> int:
         """Forget what was made for an epoch that will not be; how many bytes that freed."""
@@ -294,11 +288,9 @@ class Membership:
         return freed_bytes
 
     def abort(self, number: int) -> dict[str, Any]:
-        """{"freed_bytes"}. Ends a prepare that runs. Raises MembershipError after the flip."""
-        self._aborted.add(number)
-        self._cancel_connect(number)
-        self._weights.interrupt(self._fetching)
-        with self._lock:
+        """{"freed_bytes"}. Ends a prepare that runs, and one that comes yet. Raises MembershipError after the flip."""
+        self._orders.abort(number)
+        with self._orders.turn(self._lock, ends=number):
             self._settle()
             if number in self._prepared:
                 self._engine.withdraw(number).result(BETWEEN_STEPS_TIMEOUT_S)
