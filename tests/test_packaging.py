@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-BUILT_IN_MODEL = "workers/builtin_model/"
+DATA_FOLDERS = ("workers/builtin_model/", "loadtest/excerpts/")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def packaged_files(source_files: list[Path], repository: Path) -> set[str]:
     """What must stand below flexpert/ in a wheel, from what stands in the repository."""
     linked = {link.name for link in (repository / "src" / "flexpert").iterdir() if link.is_symlink()}
     names = {file.as_posix() for file in source_files if file.parts[0] in linked}
-    wanted = {name for name in names if name.endswith(".py") or name.startswith(BUILT_IN_MODEL)}
+    wanted = {name for name in names if name.endswith(".py") or name.startswith(DATA_FOLDERS)}
     return wanted | {"__init__.py", "py.typed"}
 
 
@@ -79,7 +79,7 @@ def test_every_folder_is_linked_into_the_import_package(repository: Path) -> Non
     assert links == {name: f"../../{name}" for name in folders}
 
 
-def test_wheel_holds_every_module_and_the_built_in_model(
+def test_wheel_holds_every_module_and_the_data_files(
     dist: Path, repository: Path, source_files: list[Path]
 ) -> None:
     (wheel,) = dist.glob("*.whl")
