@@ -1,7 +1,7 @@
-"""Whether the controller answers `flexpert up`: ends one that is silent, so that Ray restarts it, and tells when another one has taken over.
+"""Whether the controller answers `flexpert up`: one that is silent is ended, one that took its place is told.
 
-Ray restarts a controller that dies, and does not notice one that is stopped or hangs. Its pid is known from its answers. Used by `up` only;
-knows no Ray.
+Ray restarts a controller that dies, and does not notice one that is stopped or hangs. Its pid is known from its
+answers. Used by `up` only; knows no Ray.
 """
 
 from __future__ import annotations

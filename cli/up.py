@@ -44,6 +44,7 @@ WATCH_S = 0.25
 ANSWER_S = 2.0  # then it is looked whether Ray still runs
 CONTROLLER_RESTART_S = 30.0
 END_GRACE_S = 3.0
+FINISH_GRACE_S = 12.0  # beyond the drain timeout, within which the gateway itself ends what is left
 SAME_SIGNAL_S = 0.5
 GPU_STEP_TIMEOUT_S = 10.0  # a rank's first steps there load kernels
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -226,8 +227,8 @@ class _Up:
         after, ready, stopping = past[-1]["sequence"] if past else 0, False, False
         while not self._hurry.is_set():
             state = await self._ask("watch", after, WATCH_S)
-            if not self._ray.alive:
-                self._lost_ray()
+            if self._ray.lost:
+                await self._lost_ray()
                 return
             if state is None:
                 if (told := self._contact.unanswered(ANSWER_S)) is not None:
@@ -264,8 +265,22 @@ class _Up:
                 await self._ask("stop")  # in each round: a controller that was restarted meanwhile does not know
         self._screen.step("ending at once")
 
-    def _lost_ray(self) -> None:
-        """A signal to the whole process group, as from a closed terminal, ends Ray's processes too: there is nothing left to drain."""
+    async def _lost_ray(self) -> None:
+        """A signal to the whole process group, as from a closed terminal, ends Ray's processes too: there is nothing left to drain.
+        Where its GCS alone is gone, gateway and workers go on, and the requests that run are let finish."""
+        from flexpert.controller import ray_cluster
+
+        await asyncio.sleep(WATCH_S)  # one signal reaches several processes one after another
+        finishing = asyncio.create_task(ray_cluster.call(self._controller, "finish"))
+        deadline_s = time.monotonic() + self._options.drain_timeout_s + FINISH_GRACE_S
+        if self._ray.lost == {ray_cluster.GCS}:
+            self._screen.step("Ray's gcs_server ended unexpectedly; requests that run finish, then everything ends")
+        while self._ray.lost == {ray_cluster.GCS} and time.monotonic() < deadline_s and not self._hurry.is_set():
+            if (await asyncio.wait({finishing}, timeout=WATCH_S))[0]:
+                break
+        if finishing.done() and (error := finishing.exception()) is not None:
+            log.warning("requests could not be let finish: %r", error)
+        finishing.cancel()
         if not self._stop_asked.is_set():
             raise CommandError(
                 "ray", "Ray's processes ended unexpectedly; see `flexpert logs up`, and start again with `flexpert up`"
@@ -313,19 +328,22 @@ class _Up:
         """Who runs, for the other commands and for cleaning up after us."""
         own = ProcessId.own("up")
         temp_dir = None if self._ray is None else self._ray.temp_dir
-        write_json(
-            self._runtime.state,
-            {
-                "up": own.to_json(),
-                "processes": [process.to_json() for process in children(own)],
-                "ray_address": os.environ.get("RAY_ADDRESS") or None,
-                "ray_temp_dir": None if temp_dir is None else str(temp_dir),
-                "url": None if port is None else self._url(port),
-                "api_key": self._api_key,
-                "admin_key": self._admin_key,
-                "ready": ready,
-            },
-        )
+        state = {
+            "up": own.to_json(),
+            "processes": [process.to_json() for process in children(own)],
+            "ray_address": os.environ.get("RAY_ADDRESS") or None,
+            "ray_temp_dir": None if temp_dir is None else str(temp_dir),
+            "url": None if port is None else self._url(port),
+            "api_key": self._api_key,
+            "admin_key": self._admin_key,
+            "ready": ready,
+        }
+        try:
+            write_json(self._runtime.state, state)
+        except OSError as error:
+            if self._ray is None:
+                raise CommandError("directory", f"{self._runtime.state} cannot be written: {error.strerror}") from error
+            log.warning("%s cannot be written: %s; it is as it was", self._runtime.state, error)
 
     # The end
 

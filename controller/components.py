@@ -279,6 +279,13 @@ class Components(Actors):
         self._background(self._drain_gateway())
 
     async def _drain_gateway(self) -> None:
+        try:
+            await self.finish_requests()
+        finally:
+            self._send(GatewayDrained())  # whatever went wrong: a stop that was asked for comes
+
+    async def finish_requests(self) -> None:
+        """Have the gateway refuse new requests; returns when those that ran have ended, or time is up."""
         timeout_s = self.spec.drain_timeout_s + DRAIN_GRACE_S
         try:
             await asyncio.wait_for(ray_cluster.call(self._actors[GATEWAY], "drain"), timeout_s)
@@ -287,8 +294,6 @@ class Components(Actors):
             self._tell("drained", f"requests were still running after {timeout_s:g} s; ending them")
         except ActorGone as error:
             self._tell("drained", f"the gateway ended while draining: {error}")
-        finally:
-            self._send(GatewayDrained())  # whatever went wrong: a stop that was asked for comes
 
     async def stop_all(self) -> None:
         """Gateway and workers first, then the managers, then the agent."""

@@ -31,7 +31,9 @@ from flexpert.controller.processes import ProcessId, children
 END_S = 15.0
 DEAD_RAY_S = 3.0
 REACH_S = 5.0
+GCS_AWAY_S = 3600  # Ray's processes would end a minute after their GCS; `up` decides when
 NAMESPACE = "flexpert"
+RAYLET, GCS = "raylet", "gcs_server"
 OBJECT_STORE_BYTES = 80 << 20  # control messages only; Ray's own minimum is 75 MiB
 log = logging.getLogger(__name__)
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -70,7 +72,7 @@ class RayCluster:
                 )  # short: sockets lie deep below it
                 ray.init(
                     address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES,
-                    _temp_dir=str(temp_dir), **quiet,
+                    _temp_dir=str(temp_dir), _system_config={"gcs_rpc_server_reconnect_timeout_s": GCS_AWAY_S}, **quiet,
                 )  # fmt: skip
         except BaseException as error:
             if temp_dir is not None:
@@ -88,8 +90,14 @@ class RayCluster:
 
     @property
     def alive(self) -> bool:
-        """Whether the processes run without which no call to a private Ray returns; for one that was joined it is not known."""
-        return all(process.alive for process in self.processes if process.name in ("gcs_server", "raylet"))
+        """Whether the processes of a private Ray run; for one that was joined it is not known."""
+        return not self.lost
+
+    @property
+    def lost(self) -> set[str]:
+        """Which of the processes of a private Ray have ended. Without "raylet" its actors end too; without "gcs_server"
+        they go on, and those that have a handle still reach each other, but none can be found, made or ended."""
+        return {process.name for process in self.processes if process.name in (RAYLET, GCS) and not process.alive}
 
     def shutdown(self, actors: str) -> None:
         """Leave the cluster; a private one ends, and its files go. In one that was joined, actors named so are ended first.

@@ -1,13 +1,15 @@
-"""What the death of Ray's own processes means: a private Ray takes the cluster with it, in order and with the reason."""
+"""What the death of Ray's own processes means: a private Ray takes the cluster with it, in order and with the reason;
+without its GCS alone, once the requests that ran have ended."""
 
 from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
-from tests.cli.harness import Cluster
+from tests.cli.harness import GREEDY, TOKENS, Cluster, stream_tokens
 
 from flexpert.controller.processes import ProcessId, children
 
@@ -28,7 +30,13 @@ def test_death_of_a_private_ray_ends_the_cluster_with_the_reason(runtime: Path, 
         ]
         others = [ProcessId.of(pid) for pid in pids]
         (victim,) = [found for found in children(ProcessId.of(cluster.process.pid)) if found.name == name]
-        os.kill(victim.pid, signal.SIGKILL)
+        if name == "raylet":
+            os.kill(victim.pid, signal.SIGKILL)
+        else:  # the others go on without it for as long as requests run
+            expected = stream_tokens(cluster.client(), **GREEDY)
+            strike = partial(os.kill, victim.pid, signal.SIGKILL)
+            assert stream_tokens(cluster.client(), after=5, then=strike, **GREEDY) == expected
+            assert len(expected) == TOKENS
         assert cluster.process.wait(60) == RAY_LOST, cluster.text
     finally:
         cluster.end()

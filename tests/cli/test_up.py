@@ -49,7 +49,7 @@ async def test_controller_restarted_while_draining_is_asked_to_stop_again(
     controller, out = PlayedController(), io.StringIO()
     monkeypatch.setattr(ray_cluster, "call", controller.call)
     up = _Up(UpOptions(), make("default"), Screen(out))
-    up._ray = SimpleNamespace(alive=True)
+    up._ray = SimpleNamespace(lost=set())
     up._stop_asked.set()
     await asyncio.wait_for(up._follow(), 20)
     assert (controller.restarted, controller.stops) == (True, 2)
@@ -91,7 +91,7 @@ async def test_controller_that_is_stopped_is_ended_and_its_replacement_told(
             controller = SilentController(stopped)
             monkeypatch.setattr(ray_cluster, "call", controller.call)
             up = _Up(UpOptions(), make("default"), Screen(out))
-            up._ray = SimpleNamespace(alive=True)
+            up._ray = SimpleNamespace(lost=set())
             await asyncio.wait_for(up._follow(), 20)
         finally:
             stopped.kill()
