@@ -22,8 +22,8 @@ from flexpert.controller.conductor import Action, Conductor
 from flexpert.controller.desk import Desk
 from flexpert.controller.errors import AdminError
 from flexpert.controller.journal import Journal
-from flexpert.controller.runs import first_state, forget_other_run, make_conductor, transition_config
-from flexpert.controller.spec import ClusterSpec, device_of
+from flexpert.controller.runs import first_state, forget_other_run, make_conductor, needed_devices, transition_config
+from flexpert.controller.spec import ClusterSpec
 from flexpert.controller.transition import Transitions
 from flexpert.workers.process_log import open_process_log
 
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 TICK_S = 0.5
 LOAD_PERIOD_TICKS = 10
 CONTROLLER = "controller"
+ENDING = "the cluster is being ended"
+NEED_RAY = (s.StartAgent, s.SpawnProcess, s.StartGateway, s.KillProcess)
 QUIET = (s.Tick, s.Answered, t.Moved, t.LoadMeasured)  # events that change nothing worth a write
 
 
@@ -52,7 +54,7 @@ class Controller:
         self._published = t.Publish((), ())
         self._given_up: dict[str, str] | None = None
         self._stopped = False
-        self._began_s = time.time()
+        self._finishing = False
         self._ticks = 0
 
     # What `flexpert up` calls
@@ -86,6 +88,13 @@ class Controller:
         if self._conductor.supervision.phase == "running":
             self._queue.put_nowait(s.StopRequested())
 
+    async def finish(self) -> None:
+        """Ray can make and end no actor any more (its GCS is gone): have new requests refused; returns when those that run have ended."""
+        await self._ensure_running()
+        self._finishing = True
+        self._tell("drain", "Ray's GCS ended: new requests are refused, running ones finish")
+        await self._components.finish_requests()
+
     # What the operator asks, through `up` or the gateway
 
     async def status(self) -> dict[str, Any]:
@@ -104,7 +113,7 @@ class Controller:
             "ready": self._conductor.ready,
             "epoch": 0 if epoch is None else epoch.number,
             "model": self._spec.model_id,
-            "uptime_s": round(time.time() - self._began_s, 1),
+            "uptime_s": round(time.time() - self._journal.facts.began_s, 1),
             "controller": {"pid": os.getpid()},
             "manager": next(iter(devices.values()), {}),
             "gateway": gateway,
@@ -179,6 +188,8 @@ class Controller:
         try:
             facts = self._journal.facts
             forget_other_run(self._spec, facts)
+            for transition_id, began_s in facts.transition_began_s.items():
+                self._desk.began(transition_id, now_s=began_s)
             self._components = Components(
                 self._spec,
                 send=self._queue.put_nowait,
@@ -187,7 +198,7 @@ class Controller:
                 managers=facts.managers,
             )
             self._conductor = make_conductor(self._spec, facts, await self._components.place())
-            self._need_devices()
+            self._components.need_devices(needed_devices(self._spec, self._conductor))
             found = await self._components.find(dict(facts.processes), facts.generation)
             for event in found:
                 self._take(event)
@@ -254,6 +265,10 @@ class Controller:
                     facts.next_process = int(process.rpartition("-")[2]) + 1
                 case s.StartGateway(generation):
                     facts.generation = generation
+                case t.Note("begun", _, details):
+                    facts.transition_began_s = {dict(details)["transition"]: time.monotonic()}
+                case t.Note("ended"):
+                    facts.transition_began_s = {}
         facts.processes = {
             name: (worker, supervision.agent_of(name)) for name, (_, worker) in supervision.processes().items()
         }
@@ -270,13 +285,16 @@ class Controller:
 
     def _carry_out_supervision(self, action: s.Instruction) -> None:
         components = self._components
+        if self._finishing and isinstance(action, NEED_RAY):
+            log.warning("not carried out without Ray's GCS: %s", action)
+            return
         match action:
             case s.StartAgent(agent):
                 components.start_agent(agent)
             case s.SpawnProcess():
                 components.spawn_process(action)
             case s.GiveProcess(worker_id, process):
-                self._need_devices()
+                self._components.need_devices(needed_devices(self._spec, self._conductor))
                 components.give_process(worker_id, process)
             case s.KillProcess(process, reason):
                 if not process.startswith("process-"):  # what befalls workers is told by the transitions
@@ -293,6 +311,10 @@ class Controller:
                 self._tell("drain", "draining: new requests are refused, running ones finish")
                 components.drain_gateway()
             case s.StopAll():
+                if (running := self._progress(None)) is not None and running["state"] == "running":
+                    self._note(
+                        "ended", f"{running['asked']}: aborted, {ENDING}", {"transition": running["transition_id"]}
+                    )
                 self._stopping = asyncio.create_task(self._stop_all())
             case s.GiveUp(component, kind, reason):
                 self._give_up(component, kind, reason)
@@ -320,7 +342,7 @@ class Controller:
                 self._later(after_s, t.Expired(deadline_id))
             case t.Answer():
                 self._desk.answered(action)
-                if action.code and action.request_id.startswith("boot-"):
+                if action.code and action.request_id == f"boot-{self._journal.facts.run}":
                     self._give_up("boot", "memory" if action.code == "impossible" else "internal", action.message)
             case t.Note(kind, text, details):
                 self._note(kind, text, dict(details))
@@ -341,25 +363,13 @@ class Controller:
             self._desk.began(details["transition_id"], now_s=time.monotonic())
 
     def _finished(self, action: t.Finished) -> None:
-        self._need_devices()
+        self._components.need_devices(needed_devices(self._spec, self._conductor))
         transitions = self._conductor.transitions
         if transitions is None or transitions.current is not None or transitions.state.boot_workers:
             return
         if action.state == "failed":  # the boot, and it is not tried again
             kinds = self._components.members.failure_kinds.values()
             self._give_up("boot", next(reversed(list(kinds)), "internal"), action.reason)
-
-    def _need_devices(self) -> None:
-        """Those of members, joiners and processes on their way, and the next ones that standbys would serve."""
-        transitions = self._conductor.transitions
-        workers = {worker for _, worker in self._conductor.supervision.processes().values() if worker}
-        if transitions is None or transitions.current is None:
-            workers |= set(self._spec.worker_ids[: self._spec.workers])
-        else:
-            workers |= {*transitions.state.members, *transitions.state.missing}
-        idle = [worker for worker in self._spec.worker_ids if worker not in workers]
-        wanted = workers | set(idle[: self._spec.standbys])
-        self._components.need_devices({device_of(worker) for worker in wanted})
 
     def _give_up(self, component: str, kind: str, reason: str) -> None:
         if self._given_up is None:

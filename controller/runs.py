@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Mapping
 
 from flexpert.controller.conductor import Conductor
 from flexpert.controller.journal import Facts
-from flexpert.controller.spec import ClusterSpec
+from flexpert.controller.spec import ClusterSpec, device_of
 from flexpert.controller.supervision import Supervision
 from flexpert.controller.supervision_types import SupervisionConfig
 from flexpert.controller.transition import Transitions
@@ -29,9 +30,10 @@ def run_of(spec: ClusterSpec) -> str:
 
 
 def forget_other_run(spec: ClusterSpec, facts: Facts) -> None:
-    """What only the run knew that wrote it: the model, and who held the devices."""
+    """What only the run knew that wrote it: when it began, the model, and who held the devices."""
     if facts.run != run_of(spec):
         facts.run, facts.model, facts.managers = run_of(spec), {}, {}
+        facts.began_s, facts.transition_began_s = time.time(), {}
 
 
 def make_conductor(spec: ClusterSpec, facts: Facts, agents: Mapping[str, str]) -> Conductor:
@@ -72,3 +74,15 @@ def transition_config(spec: ClusterSpec, shape: dict[str, int]) -> TransitionCon
     )  # fmt: skip
     devices = tuple(Device(worker_id=worker, memory_bytes=spec.memory_bytes) for worker in spec.worker_ids)
     return TransitionConfig(devices=devices, model=model, max_workers=spec.max_workers)
+
+
+def needed_devices(spec: ClusterSpec, conductor: Conductor) -> set[str]:
+    """Those of members, joiners and processes on their way, and the next ones that standbys would serve."""
+    transitions = conductor.transitions
+    workers = {worker for _, worker in conductor.supervision.processes().values() if worker}
+    if transitions is None or transitions.current is None:
+        workers |= set(spec.worker_ids[: spec.workers])
+    else:
+        workers |= {*transitions.state.members, *transitions.state.missing}
+    idle = [worker for worker in spec.worker_ids if worker not in workers]
+    return {device_of(worker) for worker in workers | set(idle[: spec.standbys])}

@@ -59,6 +59,11 @@ class RuntimeDir:
         return self.path / "events.jsonl"
 
     @property
+    def old_events(self) -> Path:
+        """Events before those in `events`."""
+        return self.path / "events.old.jsonl"
+
+    @property
     def admin_socket(self) -> Path:
         return self.path / "admin.sock"
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import json
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 from flexpert.controller import controller as module
+from flexpert.controller import journal as journal_module
 from flexpert.controller import transition_types as t
 from flexpert.controller.components import ShapeFailed, ShapeKnown
 from flexpert.controller.controller import Controller
@@ -556,6 +559,99 @@ async def test_bug_in_the_controller_reaches_the_user(runtime: RuntimeDir) -> No
     assert "ImpossibleEvent" in state["given_up"]["reason"]
 
 
+async def test_request_id_like_the_one_of_the_boot_ends_nothing(runtime: RuntimeDir) -> None:
+    controller = make_controller(runtime)
+    await watch_until(controller, "ready")
+    with pytest.raises(AdminError):
+        await controller.scale(99, "boot-x")
+    assert (await controller.watch(0, 0.0))["given_up"] is None
+
+
+async def test_times_go_on_with_the_next_controller_of_a_run(
+    runtime: RuntimeDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = PlayedClock()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, time=time.time))
+    first = make_controller(runtime)
+    await watch_until(first, "ready")
+    PlayedComponents.last.members.holds = {"Prepare"}
+    begun = await first.scale(2, "up")
+    began_s = first._journal.facts.began_s
+    monkeypatch.setattr(PlayedComponents, "found", (*FOUND, ProcessFound("process-1", "worker-1")))
+    second = make_controller(runtime)
+    done = await finished(second, begun["transition_id"])
+    assert second._journal.facts.began_s == began_s > 0
+    assert done["seconds"] > 0
+    [ended] = [event for event in read_events(runtime) if event["kind"] == "ended" and event["transition_id"] == "t-2"]
+    assert ended["seconds"] == done["seconds"]
+    assert second._journal.facts.transition_began_s == {}
+    third = make_controller(runtime, token="another run")
+    await third.watch(0, 0.0)
+    assert third._journal.facts.began_s > began_s
+
+
+async def test_transition_that_runs_at_the_end_is_told_as_aborted(runtime: RuntimeDir) -> None:
+    controller = make_controller(runtime)
+    await watch_until(controller, "ready")
+    PlayedComponents.last.members.holds = {"Prepare"}
+    begun = await controller.scale(2, "up")
+    await controller.stop()
+    state = await watch_until(controller, "stopped")
+    last = [event for event in state["events"] if event["kind"] == "ended"][-1]
+    assert last["transition_id"] == begun["transition_id"]
+    assert last["text"] == "scale 2: aborted, the cluster is being ended"
+
+
+async def test_controller_that_took_over_is_told(runtime: RuntimeDir) -> None:
+    controller = make_controller(runtime)
+    await watch_until(controller, "ready")
+    await controller.replaced("no answer for 6 s", 7.25)
+    died, replaced = (await controller.events())["events"][-2:]
+    assert (died["kind"], died["text"]) == ("died", "controller: no answer for 6 s")
+    assert (replaced["component"], replaced["seconds"]) == ("controller", 7.25)
+    assert replaced["text"] == "controller replaced after 7.25 s"
+
+
+# The journal
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(journal_module, "write_bytes", refuse)
+    monkeypatch.setattr(journal_module, "os", SimpleNamespace(**{**vars(os), "write": refuse}))
+
+
+async def test_full_disk_ends_nothing_and_is_made_up_for(runtime: RuntimeDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = make_controller(runtime)
+    await watch_until(controller, "ready")
+    with monkeypatch.context() as full:
+        fill_disk(full)
+        done = await finished(controller, (await controller.scale(2, "a"))["transition_id"])
+        assert done["state"] == "done"
+        told = (await controller.events())["events"]
+        assert sum(event["kind"] == "journal" for event in told) == 1
+        assert read_events(runtime)[-1]["sequence"] < told[-1]["sequence"]
+    await finished(controller, (await controller.scale(1, "b"))["transition_id"])
+    assert (await controller.watch(0, 0.0))["given_up"] is None
+    told = (await controller.events())["events"]
+    assert [event["text"] for event in told if event["kind"] == "journal"][1:] == ["the journal is written again"]
+    assert read_events(runtime) == told
+    assert read_json(runtime.journal)["transitions"]["last_transition"] == 3
+
+
+def test_numbers_of_events_go_on_when_the_file_is_full(runtime: RuntimeDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "MAX_EVENTS_BYTES", 300)
+    journal = Journal(runtime)
+    for number in range(40):
+        journal.tell("a", f"event {number}")
+        assert runtime.events.stat().st_size < 600
+    assert read_events(runtime)[-1]["sequence"] == 40
+    runtime.events.write_bytes(b"")  # as right after it was begun anew
+    assert Journal(runtime).tell("b", "next")["sequence"] == read_events(runtime)[-1]["sequence"] > 1
+
+
 def test_event_line_cut_short_by_a_crash_is_left_out(runtime: RuntimeDir) -> None:
     journal = Journal(runtime)
     journal.tell("a", "first")
@@ -563,3 +659,4 @@ def test_event_line_cut_short_by_a_crash_is_left_out(runtime: RuntimeDir) -> Non
         file.write(json.dumps({"sequence": 2})[:-3])
     assert [event["text"] for event in read_events(runtime)] == ["first"]
     assert Journal(runtime).tell("b", "next")["sequence"] == 2
+    assert [event["text"] for event in read_events(runtime)] == ["first", "next"]
