@@ -98,9 +98,8 @@ class Membership:
             if known is not None:
                 return known.answer
             self._orders.check(epoch.number, until_s)
-            for other in list(self._prepared):
-                self._undo(self._prepared.pop(other))
             made = self._share_of(epoch)
+            self._replace_by(made)
             try:
                 with self._orders.preparing(epoch.number):
                     self._make(made, sources, until_s)
@@ -125,6 +124,21 @@ class Membership:
                 f"epoch {epoch.number} was prepared with other members or another placement; abort it first"
             )
         return known
+
+    def _replace_by(self, made: PreparedEpoch) -> None:
+        """Epochs that were prepared before will not be, but for one that the engine has entered. What was fetched for them and `made`
+        needs as well becomes its own."""
+        for number in list(self._prepared):
+            self._withdraw(number)
+        for number in list(self._prepared):
+            other = self._prepared.pop(number)
+            kept = self._names_in_use()
+            made.taken_over += tuple(name for name in other.names_to_drop if name in made.names and name not in kept)
+            self._undo(other, keep=made.names)
+
+    def _withdraw(self, number: int) -> None:
+        self._engine.withdraw(number).result(BETWEEN_STEPS_TIMEOUT_S)
+        self._settle()  # it may have been too late
 
     def _share_of(self, epoch: Epoch) -> PreparedEpoch:
         rank = epoch.rank_of(self._worker_id)
@@ -211,11 +225,11 @@ class Membership:
         except Exception as error:
             made.handed_over.set_exception(error)
 
-    def _undo(self, made: PreparedEpoch) -> int:
+    def _undo(self, made: PreparedEpoch, *, keep: Sequence[str] = ()) -> int:
         """Forget what was made for an epoch that will not be; how many bytes that freed."""
         made.close()
-        kept = self._names_in_use()
-        freed_bytes = self._weights.drop([name for name in made.fetched.names if name not in kept])
+        kept = self._names_in_use() | set(keep)
+        freed_bytes = self._weights.drop([name for name in made.names_to_drop if name not in kept])
         self._kv.fill(self._held_bytes(()), self._scheduler, self._between)
         return freed_bytes
 
@@ -293,8 +307,7 @@ class Membership:
         with self._orders.turn(self._lock, ends=number):
             self._settle()
             if number in self._prepared:
-                self._engine.withdraw(number).result(BETWEEN_STEPS_TIMEOUT_S)
-                self._settle()  # it may have been too late
+                self._withdraw(number)
             if self._current is not None and self._current.number == number:
                 raise MembershipError(
                     f"epoch {number} is current on worker {self._worker_id}: it can be left, not aborted"

@@ -1,4 +1,5 @@
-"""Which epochs may still be prepared here, and how a prepare that runs is ended: orders come on threads of their own and overtake each other.
+"""Which epochs may still be prepared here, and how a prepare that runs is ended: orders come on threads of their own and overtake
+each other.
 
 Epoch numbers only grow and never return. So an abort counts also for a prepare that comes after it, a newer epoch ends the prepare of an
 older one, and an abort that comes late does nothing to a newer epoch. Used by `workers.membership`.

@@ -24,12 +24,14 @@ class PrepareAborted(MembershipError):
 
 @dataclass
 class PreparedEpoch:
-    """An epoch that this worker can flip to, steps in, or stepped in. rank None: it leaves. epoch None: alone, by nobody's plan."""
+    """An epoch that this worker can flip to, steps in, or stepped in. rank None: it leaves. epoch None: alone, by nobody's plan.
+    taken_over: segments that were fetched for an epoch that this one replaced."""
 
     epoch: Epoch | None
     rank: int | None
     names: tuple[str, ...]
     fetched: Fetched = field(default_factory=Fetched)
+    taken_over: tuple[str, ...] = ()
     held: HeldExperts | None = None
     experts: EpochExperts | None = None
     transport: Transport | None = None
@@ -41,6 +43,11 @@ class PreparedEpoch:
     @property
     def number(self) -> int:
         return -1 if self.epoch is None else self.epoch.number
+
+    @property
+    def names_to_drop(self) -> tuple[str, ...]:
+        """What is here for this epoch alone, should it not be."""
+        return (*self.taken_over, *self.fetched.names)
 
     def close(self) -> None:
         """Leave the epoch for good and unmap its experts, which nobody may use any more."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from random import Random
 
 import pytest
+from tests.workers.group_world import random_submit, tokens_alone
 from tests.workers.played_membership import WAIT_S, PlayedMember, epoch_of
 
+from flexpert.workers.model.layout import segment_of
 from flexpert.workers.prepared import PrepareAborted
 from flexpert.workers.transport import ConnectError
 
@@ -82,3 +86,41 @@ def test_a_late_abort_leaves_the_fetch_of_a_newer_epoch_alone(member, threads):
     member.weights.go_on.set()
     assert preparing.result(WAIT_S)["moved_bytes"] == 4
     assert aborting.result(WAIT_S) == {"freed_bytes": 0}
+
+
+def test_what_was_fetched_for_an_epoch_that_another_replaced_is_not_fetched_again(member):
+    member.meet(2, 3)
+    member.meet(3, 2)
+    member.membership.prepare(epoch_of(2, "worker-0", "worker-1", "worker-2"))  # experts 0 and 3
+    member.membership.prepare(epoch_of(3, "worker-0", "worker-1"))  # experts 0 and 2
+    assert member.weights.fetches == [(segment_of(0), segment_of(3)), (segment_of(2),)]
+    assert member.weights.dropped == [segment_of(3)]
+    assert member.membership.abort(3) == {"freed_bytes": 2}
+    assert member.weights.here == {}, "what it took over goes with it"
+
+
+def test_an_epoch_that_the_engine_enters_meanwhile_is_not_undone(member, threads):
+    """Nobody else commits epoch 2, and the group of epoch 1 breaks just when epoch 3 replaces it."""
+    group = member.meet(1, 2)
+    member.meet(2, 2, step_timeout_s=0.1)
+    enter(member, 1, "worker-0", "worker-1")
+    member.membership.prepare(epoch_of(2, "worker-1", "worker-0"))
+    engine = member.played.engine
+    entered = engine.enter(member.membership._prepared[2].following)
+    with group.changed:  # the empty step with which rank 0 says that it is ready
+        assert group.changed.wait_for(lambda: (0, 0) in group.sent[0], WAIT_S)
+    replaces, withdraw = threading.Event(), engine.withdraw
+    engine.withdraw = lambda number: (withdraw(number), replaces.set())[0]
+    replacing = threads.submit(member.membership.prepare, epoch_of(3, "worker-0"))
+    replacing.add_done_callback(lambda _: replaces.set())
+    assert replaces.wait(WAIT_S)
+    group.fail(1)
+    entered.result(WAIT_S)
+    replacing.result(WAIT_S)
+    submit = random_submit(Random(1), 0)
+    member.gateway.add(submit, member.played.name)
+    engine.submit("gateway", submit)
+    assert member.membership.wait_trouble().result(5).epoch == 2, "a worker that is in epoch 2 takes no step alone"
+    member.membership.commit(3)
+    assert member.gateway.wait_all() == tokens_alone([submit])
+    assert member.played.error is None
