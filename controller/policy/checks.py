@@ -6,7 +6,7 @@ itself refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,16 +22,17 @@ ONCE = ("slo", "kv_utilization", "queue_time", "tokens_per_second", "forecast")
 
 @dataclass(frozen=True)
 class Contradiction:
-    """path: below `spec`, what to show; others: what else takes part."""
+    """path: below `spec`, what to show; others: what else takes part. {other} in what stands for the first of these."""
 
     path: Path
     what: str
     todo: str
     others: tuple[Path, ...] = ()
 
-    @property
-    def key(self) -> str:
-        return show_path(self.path)
+    def told(self, origin: Callable[[Path], Path] = tuple) -> tuple[Path, str]:
+        """Where it is and what it is. origin: what the path of a setting is in the file."""
+        other = show_path(origin(("spec", *self.others[0]))[-2:]) if self.others else ""
+        return origin(("spec", *self.path)), self.what.replace("{other}", other)
 
 
 def show_path(path: Path) -> str:
@@ -92,7 +93,7 @@ def _signals(spec: written.Spec) -> Iterator[Contradiction]:
         elif named != index:
             yield Contradiction(
                 ("signals", index, "name"),
-                f"{signal.name!r} is the name of signals[{named}], too",
+                f"{signal.name!r} is the name of {{other}}, too",
                 "give each signal a name of its own",
                 (("signals", named),),
             )
@@ -105,9 +106,9 @@ def _twice(spec: written.Spec, earlier: int, index: int) -> Contradiction:
     signal, first = spec.signals[index], spec.signals[earlier]
     same = signal == first
     what = (
-        f"a second signal of type {signal.type}, the same as signals[{earlier}]"
+        f"a second signal of type {signal.type}, the same as {{other}}"
         if same
-        else f"a second signal of type {signal.type}, which contradicts signals[{earlier}]"
+        else f"a second signal of type {signal.type}, which contradicts {{other}}"
     )
     todo = "keep one of the two"
     if signal.type == "tokens_per_second":
@@ -153,7 +154,7 @@ def _schedule(spec: written.Spec, index: int, signal: written.ScheduleSignal) ->
                 ((*at, "start"),),
             )
         for name, bound in (("min", window.min), ("max", window.max)):
-            if bound is not None and not low <= bound <= high:
+            if bound is not None and low <= high and not low <= bound <= high:
                 yield Contradiction(
                     (*at, name),
                     f"{bound} is outside workers, which are {low} to {high}",
@@ -180,9 +181,9 @@ def _overlaps(at: Path, signal: written.ScheduleSignal) -> Iterator[Contradictio
             ):
                 yield Contradiction(
                     (*at, "windows", number, "min"),
-                    f"{window.min} is above max of windows[{other_number}], which is {other.max}, and the two are open at the same time",
+                    f"{window.min} is above max of {{other}}, which is {other.max}, and the two are open at the same time",
                     "make them agree, or open at different times",
-                    ((*at, "windows", number), (*at, "windows", other_number)),
+                    ((*at, "windows", other_number), (*at, "windows", number)),
                 )
 
 
@@ -216,10 +217,10 @@ def _same_query(spec: written.Spec) -> Iterator[Contradiction]:
         earlier = seen.setdefault((signal.url, signal.query, signal.per), index)
         first = spec.signals[earlier]
         if earlier != index and first.type == "prometheus":
-            word = "the same target" if first.target == signal.target else f"target {first.target:g}, which contradicts"
+            word = "the same target" if first.target == signal.target else f"target {first.target:g}: they contradict"
             yield Contradiction(
                 ("signals", index, "target"),
-                f"{signal.target:g} for the query of signals[{earlier}], which has {word}",
+                f"{signal.target:g} for the query of {{other}}, which has {word}",
                 "keep one of the two",
                 (("signals", earlier),),
             )
@@ -257,7 +258,7 @@ def _behavior(name: str, direction: written.Direction) -> Iterator[Contradiction
         if earlier != index:
             yield Contradiction(
                 (*at, "policies", index),
-                f"limits {rule.type} in {show_duration(rule.period_s)} again, as policies[{earlier}] does",
+                f"limits {rule.type} in {show_duration(rule.period_s)} again, as {{other}} does",
                 "keep one of the two",
                 ((*at, "policies", earlier),),
             )

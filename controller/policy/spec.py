@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, model_validator
 
 from flexpert.controller.policy import types
-from flexpert.controller.policy.checks import contradictions
+from flexpert.controller.policy.checks import contradictions, show_path
 from flexpert.controller.policy.fields import Cron, HttpUrl, Number, Seconds, Share, Whole, Zone, fault
 
 API_VERSION = "flexpert.dev/v1alpha1"
@@ -178,7 +178,9 @@ class Direction(Part):
     """Loads this close to the target change nothing."""
     select: Literal["Max", "Min", "Disabled"] = "Max"
     """Of several policies the one that allows most, the one that allows least; Disabled: never in this direction."""
-    policies: Annotated[tuple[Rule, ...], Field(min_length=1)] | None = None
+    policies: Annotated[tuple[Rule, ...], Field(min_length=1)] | None = Field(
+        default=None, examples=["[{type: percent, value: 50, period: 60s}]"]
+    )
     """How much may change in a period. Default: up by 4 workers or 100% in 15s, down by 50% in 60s."""
 
     def to_config(self, default: types.DirectionConfig) -> types.DirectionConfig:
@@ -264,7 +266,8 @@ class ScalingPolicy(Part):
     def _consistent(self, info: ValidationInfo) -> Self:
         if not (isinstance(info.context, dict) and info.context.get(UNCHECKED)):
             for found in contradictions(self):
-                raise fault(f"spec.{found.key}: {found.what}", found.todo)
+                path, what = found.told()
+                raise fault(f"{show_path(path)}: {what}", found.todo)
         return self
 
     def to_config(self) -> types.PolicyConfig:

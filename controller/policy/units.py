@@ -14,7 +14,7 @@ TIME_EXAMPLES = "500ms, 30s, 5m, 2h or 7d"
 DURATION_PATTERN = r"^(0|(\d+(\.\d+)?\s?(ms|s|m|h|d)\s?)+)$"
 SHARE_PATTERN = r"^\d+(\.\d+)?\s?%$"
 
-_PART = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([^\W\d_]*)")
+_PART = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([^\s\d]*)")
 _WORDS = {
     "ms": {"msec", "msecs", "millis", "millisecond", "milliseconds"},
     "s": {"sec", "secs", "second", "seconds"},
