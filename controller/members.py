@@ -49,7 +49,7 @@ class Members:
         self._drills = Drills(spec.drill_dir)
         self.progress: dict[str, tuple[int, int]] = {}
         self.failure_kinds: dict[str, str] = {}  # worker -> the kind of its last failure, for the exit code
-        self._watched: set[str] = set()
+        self._watched: dict[str, object] = {}  # process -> the watch that asks it
 
     # Instructions
 
@@ -171,12 +171,13 @@ class Members:
     def follow(self, worker_id: str, process: str) -> None:
         """Report whenever the worker's group is in trouble, until its process ends or is released."""
         if process not in self._watched:
-            self._watched.add(process)
-            self._spawn(self._follow(worker_id, process))
+            watch = self._watched[process] = object()
+            self._spawn(self._follow(worker_id, process, watch))
 
-    async def _follow(self, worker_id: str, process: str) -> None:
+    async def _follow(self, worker_id: str, process: str, watch: object) -> None:
+        """Until the worker answers that it ends, or its process does; the same process may be watched anew before that is known here."""
         try:
-            while process in self._watched:
+            while self._watched.get(process) is watch:
                 try:
                     found = await self._call(process, "wait_trouble")
                 except ActorGone:
@@ -184,15 +185,18 @@ class Members:
                 except Exception as error:
                     log.warning("%s cannot be asked for trouble: %r", process, error)
                     return
-                if found and process in self._watched:
+                if found is None:
+                    return
+                if self._watched.get(process) is watch:
                     suspects = tuple(found["suspects"])
                     self._send(t.Trouble(worker_id, process, found["epoch"], suspects, found["reason"]))
                     await asyncio.sleep(TROUBLE_AGAIN_S)
         finally:
-            self._watched.discard(process)
+            if self._watched.get(process) is watch:
+                del self._watched[process]
 
     def unfollow(self, process: str) -> None:
-        self._watched.discard(process)
+        self._watched.pop(process, None)
 
     async def expert_load(self, processes: list[str]) -> tuple[tuple[int, ...], ...] | None:
         """Tokens routed to [layer][expert] since the last time, over all these; None where there were none."""

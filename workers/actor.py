@@ -186,12 +186,12 @@ class WorkerActor:
             self._worker, self._serving, self._progress = None, False, (0, 0)
         return answer
 
-    async def wait_trouble(self) -> dict[str, Any]:
-        """Pending until this worker's group breaks: {"epoch", "step", "suspects", "reason"}."""
+    async def wait_trouble(self) -> dict[str, Any] | None:
+        """Pending until this worker's group breaks: {"epoch", "step", "suspects", "reason"}. None where the worker ends, or is none."""
         if self._worker is None:
-            return await asyncio.Future()
+            return None
         trouble = await asyncio.wrap_future(self._worker.wait_trouble())
-        return asdict(trouble)
+        return None if trouble is None else asdict(trouble)
 
     async def expert_load(self) -> list[list[int]]:
         """[layer][expert] -> tokens routed there since the last call."""

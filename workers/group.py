@@ -10,6 +10,8 @@ Used by the engine, on its thread, except `wake` and `close`; made by `workers.m
 from __future__ import annotations
 
 import struct
+import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -54,6 +56,38 @@ class Trouble:
     step: int
     suspects: tuple[str, ...]
     reason: str
+
+
+class TroubleBell:
+    """Who waits to be told of trouble. From any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[Future[Trouble | None]] = []
+        self._closed = False
+
+    def wait(self, now: Callable[[], Trouble | None]) -> Future[Trouble | None]:
+        """Done at once where there is trouble `now`; None where there will be none any more."""
+        waiter: Future[Trouble | None] = Future()
+        with self._lock:
+            trouble = now()
+            if trouble is None and not self._closed:
+                self._waiting.append(waiter)
+                return waiter
+        waiter.set_result(trouble)
+        return waiter
+
+    def ring(self, trouble: Trouble | None) -> None:
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            if waiter.set_running_or_notify_cancel():
+                waiter.set_result(trouble)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+        self.ring(None)
 
 
 @dataclass(frozen=True, slots=True)

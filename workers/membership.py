@@ -23,7 +23,7 @@ from flexpert.workers.engine import Engine
 from flexpert.workers.ep import EpochExperts, ExpertExchange
 from flexpert.workers.epoch import Epoch
 from flexpert.workers.fetch import Source, Weights
-from flexpert.workers.group import Group, NextEpoch, Trouble
+from flexpert.workers.group import Group, NextEpoch, Trouble, TroubleBell
 from flexpert.workers.kv_move import KvSender
 from flexpert.workers.kv_space import KvSpace
 from flexpert.workers.model import BoundModel, expert_segments
@@ -71,9 +71,8 @@ class Membership:
         self._prepared: dict[int, PreparedEpoch] = {}
         self._former: list[PreparedEpoch] = []
         self._retired: dict[str, Any] = {}
-        self._trouble_lock = threading.Lock()
-        self._trouble_waiters: list[Future[Trouble]] = []
-        engine.on_trouble = self._note_trouble
+        self._troubles = TroubleBell()
+        engine.on_trouble = self._troubles.ring
 
     # Alone
 
@@ -317,6 +316,7 @@ class Membership:
 
     def close(self) -> None:
         """The process or the worker in it ends: peers see this rank as gone. After the engine has stopped."""
+        self._troubles.close()
         with self._lock:
             self._settle()
             for made in (*self._former, *self._prepared.values(), *([self._current] if self._current else [])):
@@ -331,15 +331,9 @@ class Membership:
             self._settle()
             return None if self._current is None else self._current.epoch
 
-    def wait_trouble(self) -> Future[Trouble]:
-        """Done as soon as the group breaks; at once while it is broken."""
-        waiter: Future[Trouble] = Future()
-        with self._trouble_lock:
-            if self._engine.trouble is None:
-                self._trouble_waiters.append(waiter)
-            else:
-                waiter.set_result(self._engine.trouble)
-        return waiter
+    def wait_trouble(self) -> Future[Trouble | None]:
+        """Done as soon as the group breaks, at once while it is broken; None where this worker ends."""
+        return self._troubles.wait(lambda: self._engine.trouble)
 
     def status(self) -> dict[str, Any]:
         """Epoch, rank, experts and KV held. Does not wait for a transition that runs."""
@@ -370,13 +364,6 @@ class Membership:
                 if self._current is not None:
                     self._former.append(self._current)
                 self._current = made
-
-    def _note_trouble(self, trouble: Trouble) -> None:
-        with self._trouble_lock:
-            waiters, self._trouble_waiters = self._trouble_waiters, []
-        for waiter in waiters:
-            if waiter.set_running_or_notify_cancel():
-                waiter.set_result(trouble)
 
     def _names_in_use(self) -> set[str]:
         made = [*self._former, *self._prepared.values(), *([self._current] if self._current else [])]

@@ -158,7 +158,7 @@ class WorkerProcess:
             give_back_unused(self.config.device)
         return {"freed_bytes": freed_bytes}
 
-    def wait_trouble(self) -> Future[Trouble]:
+    def wait_trouble(self) -> Future[Trouble | None]:
         return self.membership.wait_trouble()
 
     def expert_load(self) -> list[list[int]]:

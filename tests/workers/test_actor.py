@@ -212,3 +212,13 @@ async def test_released_worker_is_a_warm_process_that_can_start_again(member: Wo
     assert await member.status() is None
     assert await member.release() == {"freed_bytes": 0}
     assert (await member.start({"worker_id": "worker-3", "incarnation": 1}))["worker_id"] == "worker-3"
+
+
+async def test_question_for_trouble_ends_with_the_worker(member: WorkerActor) -> None:
+    """Else each release would leave a call behind, and an actor answers only so many at a time."""
+    assert await asyncio.wait_for(member.wait_trouble(), 10) is None
+    await member.start({"worker_id": "worker-0", "incarnation": 1})
+    waiting = asyncio.create_task(member.wait_trouble())
+    await asyncio.sleep(0)
+    member._worker.trouble.set_result(None)
+    assert await asyncio.wait_for(waiting, 10) is None
