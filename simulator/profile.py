@@ -1,0 +1,165 @@
+"""What one worker of a model on a device can do, as data: `flexpert profile` measures it, the simulator serves by it.
+
+A step of a worker with `running` decoding requests, `tokens` prompt tokens and `context` tokens of KV to read takes
+
+    decode(running) + prefill(tokens) + context * context_s + tokens * (context before them) * prefill_context_s
+
+where decode and prefill run straight between measured points. Workers of one expert-parallel group step together, so a step of the group
+takes as long as that of its slowest worker, plus exchange(workers). JSON: the fields below by their names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import msgspec
+
+__all__ = [
+    "DEFAULT_PROFILE",
+    "PROFILES",
+    "Duration",
+    "Profile",
+    "ProfileError",
+    "interpolate",
+    "load_profile",
+    "read_profile",
+]
+
+PROFILES = Path(__file__).parent / "profiles"
+DEFAULT_PROFILE = "builtin-cpu"
+
+Points = tuple[tuple[float, float], ...]
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be used; the message names the field."""
+
+
+class Duration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How long something takes: drawn log-normally with this mean and 95th percentile; the same each time where they are equal."""
+
+    mean_s: float
+    p95_s: float
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """mu and sigma of the logarithm; (0, 0) for a mean of 0."""
+        if self.mean_s <= 0:
+            return 0.0, 0.0
+        # p95/mean = exp(z sigma - sigma^2/2) with z = 1.645; the largest ratio that a log-normal can have is exp(z^2/2).
+        ratio = min(max(math.log(self.p95_s / self.mean_s), 0.0), 1.35)
+        sigma = 1.645 - math.sqrt(1.645**2 - 2 * ratio)
+        return math.log(self.mean_s) - sigma**2 / 2, sigma
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One worker.
+
+    decode: (running requests, s of a step), prefill: (prompt tokens, s that they add to a step), exchange: (workers, s that stepping
+    together adds). kv_tokens: what the worker's KV holds when it serves alone; each of N workers holds 1/N of the experts and has room for
+    (1 - 1/N) * experts_kv_tokens more. answer_s: what the way through the gateway adds to the first token.
+
+    join_warm, join_cold: from the order to serving, with a standby and without; leave: from the order to gone; stall: how long streams
+    stand still at a commit. Beside these, expert slabs move at move_bytes_per_s to
+    each worker. standby_s: until a used standby is replaced.
+    """
+
+    name: str
+    model: str = ""
+    device: str = ""
+    source: str = ""  # how and when it was measured
+    max_running: int = 64
+    max_batch_tokens: int = 512
+    max_context_tokens: int = 4096
+    kv_tokens: int
+    experts_kv_tokens: int = 0
+    decode: Points
+    prefill: Points
+    exchange: Points = ((1.0, 0.0),)
+    context_s: float = 0.0
+    prefill_context_s: float = 0.0
+    answer_s: float = 0.0
+    join_warm: Duration = Duration(mean_s=2.6, p95_s=6.4)
+    join_cold: Duration = Duration(mean_s=6.9, p95_s=12.0)
+    leave: Duration = Duration(mean_s=2.5, p95_s=5.0)
+    stall: Duration = Duration(mean_s=0.01, p95_s=0.03)
+    standby_s: float = 10.0
+    layers: int = 1
+    experts: int = 1
+    slab_bytes: int = 0
+    move_bytes_per_s: float = 1e9
+
+    def check(self) -> Profile:
+        """Itself. Raises ProfileError with the field that cannot be."""
+        for name in ("max_running", "max_batch_tokens", "max_context_tokens", "kv_tokens", "layers", "experts"):
+            if getattr(self, name) < 1:
+                raise ProfileError(f"profile {self.name!r}: {name} {getattr(self, name)}: expected 1 or more")
+        for name in (
+            "experts_kv_tokens", "context_s", "prefill_context_s", "answer_s", "standby_s", "slab_bytes",
+        ):  # fmt: skip
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ProfileError(f"profile {self.name!r}: {name} {getattr(self, name)}: expected 0 or more")
+        if not self.move_bytes_per_s > 0:
+            raise ProfileError(f"profile {self.name!r}: move_bytes_per_s: expected more than 0")
+        for name in ("decode", "prefill", "exchange"):
+            _check_points(f"profile {self.name!r}: {name}", getattr(self, name))
+        if interpolate(self.decode, 1) <= 0:
+            raise ProfileError(f"profile {self.name!r}: decode: a step with one request takes no time")
+        for name in ("join_warm", "join_cold", "leave", "stall"):
+            duration: Duration = getattr(self, name)
+            if not 0 <= duration.mean_s <= duration.p95_s < math.inf:
+                raise ProfileError(
+                    f"profile {self.name!r}: {name}: mean_s {duration.mean_s:g}, p95_s {duration.p95_s:g}; "
+                    "expected 0 <= mean_s <= p95_s"
+                )
+        return self
+
+    def kv_capacity(self, workers: int) -> float:
+        """Tokens of KV that each of so many workers has room for."""
+        return self.kv_tokens + self.experts_kv_tokens * (1 - 1 / max(1, workers))
+
+    def memory_floor(self, live_tokens: float) -> int:
+        """The fewest workers whose KV holds so many tokens."""
+        each = self.kv_tokens + self.experts_kv_tokens
+        return max(1, math.ceil((live_tokens + self.experts_kv_tokens) / each))
+
+
+def _check_points(what: str, points: Points) -> None:
+    if not points:
+        raise ProfileError(f"{what}: no points; expected [x, seconds] pairs")
+    if any(not (0 <= x < math.inf and 0 <= y < math.inf) for x, y in points):
+        raise ProfileError(f"{what}: a number below 0 or not finite")
+    if any(a[0] >= b[0] for a, b in pairwise(points)):
+        raise ProfileError(f"{what}: the first numbers of the pairs must rise")
+
+
+def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Straight between the points and on beyond the last two, never below 0; before the first point its value."""
+    if len(points) == 1 or x <= points[0][0]:
+        return points[0][1]
+    right = next((i for i, point in enumerate(points) if x <= point[0]), len(points) - 1)
+    (x0, y0), (x1, y1) = points[right - 1], points[right]
+    return max(0.0, y0 + (y1 - y0) * (x - x0) / (x1 - x0))
+
+
+def read_profile(text: bytes | str, *, what: str = "profile") -> Profile:
+    """Raises ProfileError with the field's path."""
+    try:
+        return msgspec.json.decode(text, type=Profile, strict=False).check()
+    except msgspec.DecodeError as error:
+        raise ProfileError(f"{what}: {error}") from error
+
+
+def load_profile(name: str) -> Profile:
+    """A shipped profile by its name, or a file that `flexpert profile` wrote."""
+    shipped = PROFILES / f"{name}.json"
+    path = shipped if "/" not in name and shipped.is_file() else Path(name)
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        names = ", ".join(sorted(file.stem for file in PROFILES.glob("*.json")))
+        raise ProfileError(f"profile {name!r}: {error.strerror or error}; give a file, or one of {names}") from error
+    return read_profile(text, what=f"profile {name!r}")
