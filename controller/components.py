@@ -10,7 +10,6 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from flexpert.controller import ray_cluster
@@ -20,8 +19,10 @@ from flexpert.controller.devices import DeviceFailed, Devices
 from flexpert.controller.gateway_actor import GatewayActor
 from flexpert.controller.members import Members
 from flexpert.controller.node_agent import NodeAgent
-from flexpert.controller.placement import Place, bundle, places
+from flexpert.controller.placement import Node, Place, bundle, places
 from flexpert.controller.ray_cluster import ActorGone
+from flexpert.controller.shape_events import ShapeFailed as ShapeFailed
+from flexpert.controller.shape_events import ShapeKnown as ShapeKnown
 from flexpert.controller.spec import ClusterSpec, device_of
 from flexpert.controller.supervision_types import (
     AGENT,
@@ -44,19 +45,6 @@ DRAIN_GRACE_S = 5.0  # beyond the time in which the gateway itself ends what is 
 AGAIN_S = 0.5
 PLACE_TIMEOUT_S = 5.0
 AGENT_CPUS = 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class ShapeKnown:
-    """A warm process told what the model is made of: see workers.shape."""
-
-    shape: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class ShapeFailed:
-    kind: str
-    reason: str
 
 
 class Components(Actors):
@@ -93,16 +81,20 @@ class Components(Actors):
         """Worker -> bytes loaded, bytes in all, while it loads."""
         return self.members.progress
 
-    async def place(self) -> dict[str, str]:
-        """Find out where the devices are; worker -> agent. Where Ray cannot hold them all, they are those of this node."""
+    async def place(self, known: list[tuple[str, str]]) -> dict[str, str]:
+        """Find out where the devices are; worker -> agent. Where Ray cannot hold them all, they are those of this node. known: (node id,
+        host) of each as an earlier controller found them, brought up to date here."""
         workers, own = self.spec.worker_ids, ray_cluster.own_node()
         try:
             gpus_each = min(1.0, self.spec.num_gpus / len(workers))
             bundles = [bundle(self.spec.device, gpus_each=gpus_each)] * len(workers)
-            nodes = await ray_cluster.place_devices(self._name("devices"), bundles, timeout_s=PLACE_TIMEOUT_S)
+            before = [Node(*node) for node in known]
+            name = self._name("devices")
+            nodes = await ray_cluster.place_devices(name, bundles, known=before, timeout_s=PLACE_TIMEOUT_S)
         except ray_cluster.RayUnavailable as error:
             self._tell("placement", f"{error}; all devices are taken to be on this node")
             nodes = [own] * len(workers)
+        known[:] = [(node.node_id, node.host) for node in nodes]
         self._places.update(places(workers, nodes, own=own))
         for agent in sorted(set(self._agents()) - {AGENT}):
             found = [worker for worker, place in self._places.items() if place.agent == agent]
@@ -323,6 +315,11 @@ class Components(Actors):
         events = await asyncio.gather(
             *(self._take_over(name, component, generation, processes) for name, component in names.items())
         )
+        # Made, or struck off the books, by a controller that ended before it could write or end them.
+        pool = (self._name("process-"), self._name(f"{GATEWAY}-"))
+        known = {self._name(name) for name in names}
+        if ended := await asyncio.to_thread(ray_cluster.kill_actors, *pool, keep=known):
+            log.warning("ended %s, which nobody knows any more", ", ".join(ended))
         return [event for event in events if event is not None]
 
     async def _take_over(

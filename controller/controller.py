@@ -197,7 +197,7 @@ class Controller:
                 shape=facts.model,
                 managers=facts.managers,
             )
-            self._conductor = make_conductor(self._spec, facts, await self._components.place())
+            self._conductor = make_conductor(self._spec, facts, await self._components.place(facts.nodes))
             self._components.need_devices(needed_devices(self._spec, self._conductor))
             found = await self._components.find(dict(facts.processes), facts.generation)
             for event in found:

@@ -27,10 +27,11 @@ MAX_EVENTS_KEPT = 1000
 
 @dataclass
 class Facts:
-    """run: which `up` this was written under. next_process, generation: names that are taken. processes: those of the pool that were not
-    ended -> (worker or "", agent). managers: device -> pid. model: its shape, {} before it is known. transitions: their snapshot, {} before
-    they began. began_s: when the first controller of this run began, seconds since 1970. transition_began_s: the one that runs -> when it
-    began, by the monotonic clock of this machine, which all controllers of a run share."""
+    """run: which `up` this was written under. next_process, generation: names that are taken. processes: those of the pool
+    that were not ended -> (worker or "", agent). managers: device -> pid. nodes: (id, host) of each device. model: its
+    shape, {} before it is known. transitions: their snapshot, {} before they began. began_s: when the first controller of
+    this run began, seconds since 1970. transition_began_s: the one that runs -> when it began, by the monotonic clock of
+    this machine, which all controllers of a run share."""
 
     run: str = ""
     next_process: int = 0
@@ -38,6 +39,7 @@ class Facts:
     processes: dict[str, tuple[str, str]] = field(default_factory=dict)
     managers: dict[str, int] = field(default_factory=dict)
     model: dict[str, int] = field(default_factory=dict)
+    nodes: list[tuple[str, str]] = field(default_factory=list)
     transitions: dict[str, Any] = field(default_factory=dict)
     began_s: float = 0.0
     transition_began_s: dict[str, float] = field(default_factory=dict)

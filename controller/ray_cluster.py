@@ -17,7 +17,7 @@ import socket
 import tempfile
 import threading
 import traceback
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,17 +140,22 @@ def own_node() -> Node:
     return Node(str(ray.get_runtime_context().get_node_id()), str(ray.util.get_node_ip_address()))
 
 
-async def place_devices(name: str, bundles: list[dict[str, float]], *, timeout_s: float) -> list[Node]:
-    """The node of each bundle, from a placement group that outlives its maker: the one of this name, or a new one. Where Ray cannot
-    have all bundles at once it is told why. Raises RayUnavailable."""
+async def place_devices(
+    name: str, bundles: list[dict[str, float]], *, known: Sequence[Node] = (), timeout_s: float
+) -> list[Node]:
+    """The node of each bundle, from a placement group that outlives its maker: the one of this name, or a new one. known: where they were;
+    for bundles of a group that was found and lost their node. Where Ray cannot have all bundles it is told why. Raises RayUnavailable."""
     try:
-        group = await asyncio.to_thread(ray.util.get_placement_group, name)
+        group, made = await asyncio.to_thread(ray.util.get_placement_group, name), False
     except ValueError:
         group = ray.util.placement_group(bundles, strategy="SPREAD", name=name, lifetime="detached")
+        made = True
     try:
-        await asyncio.wait_for(asyncio.wrap_future(group.ready().future()), timeout_s)
+        if made or not known:
+            await asyncio.wait_for(asyncio.wrap_future(group.ready().future()), timeout_s)
     except TimeoutError:
-        remove_placement(name)
+        if made:  # one that was found holds what runs
+            remove_placement(name)
         free = await asyncio.to_thread(ray.available_resources)
         there = ", ".join(f"{key} {free.get(key, 0):g}" for key in bundles[0])
         raise RayUnavailable(
@@ -158,7 +163,12 @@ async def place_devices(name: str, bundles: list[dict[str, float]], *, timeout_s
         ) from None
     table = await asyncio.to_thread(ray.util.placement_group_table, group)
     hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in await asyncio.to_thread(ray.nodes)}
-    return [Node(found, hosts[found]) for _, found in sorted(table["bundles_to_node_id"].items())]
+    found = [node_id for _, node_id in sorted(table["bundles_to_node_id"].items())]
+    if len(known) == len(found):
+        return [Node(node_id, hosts[node_id]) if node_id in hosts else known[i] for i, node_id in enumerate(found)]
+    if missing := [i for i, node_id in enumerate(found) if node_id not in hosts]:
+        raise RayUnavailable(f"device{'s' * (len(missing) > 1)} {missing} have no node in the Ray cluster any more")
+    return [Node(node_id, hosts[node_id]) for node_id in found]
 
 
 def remove_placement(name: str) -> None:
@@ -219,16 +229,17 @@ def kill_actor(actor: Any) -> None:
     ray.kill(actor, no_restart=True)
 
 
-def kill_actors(prefix: str) -> int:
-    """End all actors whose name begins so: what a killed `up` left in a cluster that it had joined. Returns how many there were."""
-    count = 0
+def kill_actors(*prefixes: str, keep: Collection[str] = ()) -> list[str]:
+    """End all actors whose name begins so, but those to keep; returns the names of those that were ended."""
+    ended = []
     for found in ray.util.list_named_actors(all_namespaces=True):
-        if found["namespace"] == NAMESPACE and found["name"].startswith(prefix):
-            actor = find_actor(found["name"])
+        name = found["name"]
+        if found["namespace"] == NAMESPACE and name.startswith(prefixes) and name not in keep:
+            actor = find_actor(name)
             if actor is not None:
                 kill_actor(actor)
-                count += 1
-    return count
+                ended.append(name)
+    return ended
 
 
 def _short(error: Exception) -> str:

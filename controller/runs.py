@@ -30,10 +30,10 @@ def run_of(spec: ClusterSpec) -> str:
 
 
 def forget_other_run(spec: ClusterSpec, facts: Facts) -> None:
-    """What only the run knew that wrote it: when it began, the model, and who held the devices."""
+    """What only the run knew that wrote it: when it began, the model, where the devices are and who held them."""
     if facts.run != run_of(spec):
         facts.run, facts.model, facts.managers = run_of(spec), {}, {}
-        facts.began_s, facts.transition_began_s = time.time(), {}
+        facts.began_s, facts.transition_began_s, facts.nodes = time.time(), {}, []
 
 
 def make_conductor(spec: ClusterSpec, facts: Facts, agents: Mapping[str, str]) -> Conductor:

@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import subprocess
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 from flexpert.controller import actors as actors_module
 from flexpert.controller import components as module
 from flexpert.controller import members as members_module
+from flexpert.controller import ray_cluster as real_ray_cluster
 from flexpert.controller import transition_types as t
 from flexpert.controller.components import Components
 from flexpert.controller.placement import Node, places
@@ -37,6 +40,7 @@ from flexpert.controller.supervision_types import (
 from flexpert.workers.epoch import Epoch
 
 HERE = Node("node", "10.0.0.1")
+HERE_0 = Node("here", "10.0.0.1")
 NOBODY = 0  # no process has this id, so none is signalled
 
 
@@ -59,6 +63,11 @@ class PlayedRay:
 
     def find_actor(self, name: str) -> object | None:
         return object() if name in self.found else None
+
+    def kill_actors(self, *prefixes: str, keep: set[str]) -> list[str]:
+        ended = sorted(name for name in self.found if name.startswith(prefixes) and name not in keep)
+        self.found -= set(ended)
+        return ended
 
     async def call(self, actor: object, method: str, *arguments: Any) -> Any:
         self.calls.append((method, *arguments))
@@ -341,6 +350,48 @@ async def test_processes_that_an_earlier_controller_left(
     finally:
         process.kill()
         process.wait(10)
+
+
+async def test_actors_that_nobody_knows_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller that ended before it could end what it had struck off its books."""
+    components, ray, _ = make({"status": {"port": 1, "devices": {}}, "ensure": MANAGER}, monkeypatch)
+    known = {"default:controller", "default:agent", "default:gateway-2", "default:process-1", "other:process-0"}
+    ray.found = {*known, "default:gateway-1", "default:process-0"}
+    await components.find({"process-1": ("", "agent")}, 2)
+    assert ray.found == known
+
+
+class PlayedGroup:
+    """A placement group with a bundle that has lost its node."""
+
+    def ready(self) -> Any:
+        return SimpleNamespace(future=Future)
+
+
+@pytest.mark.parametrize("found", [True, False], ids=["found", "made"])
+async def test_placement_that_lost_a_node_is_kept(monkeypatch: pytest.MonkeyPatch, found: bool) -> None:
+    removed: list[str] = []
+
+    def get(name: str) -> PlayedGroup:
+        if not found:
+            raise ValueError(name)
+        return PlayedGroup()
+
+    util = SimpleNamespace(
+        get_placement_group=get, placement_group=lambda *_, **__: PlayedGroup(),
+        placement_group_table=lambda group: {"bundles_to_node_id": {1: "", 0: "here"}},
+    )  # fmt: skip
+    nodes = [{"NodeID": "here", "NodeManagerAddress": "10.0.0.1"}]
+    played = SimpleNamespace(util=util, nodes=lambda: nodes, available_resources=dict)
+    monkeypatch.setattr(real_ray_cluster, "ray", played)
+    monkeypatch.setattr(real_ray_cluster, "remove_placement", removed.append)
+    place = partial(real_ray_cluster.place_devices, "devices", [{"CPU": 1.0}] * 2, timeout_s=0.01)
+    if found:
+        gone = Node("gone", "10.0.0.2")
+        assert await place(known=[Node("old", "10.0.0.9"), gone]) == [HERE_0, gone]
+    with pytest.raises(real_ray_cluster.RayUnavailable):
+        await place()
+    assert removed == ([] if found else ["devices"])
 
 
 async def test_manager_that_died_while_no_controller_looked_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

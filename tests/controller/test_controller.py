@@ -109,7 +109,7 @@ class PlayedComponents:
     def serving(self) -> list[str]:
         return [f"{worker.worker_id}.{worker.incarnation}" for worker in self.told[-1].serving]
 
-    async def place(self) -> dict[str, str]:
+    async def place(self, known: list[tuple[str, str]]) -> dict[str, str]:
         return {}
 
     async def find(self, processes: dict[str, Any], generation: int) -> list[Event]:
@@ -412,7 +412,7 @@ async def test_same_request_twice_is_one_transition(runtime: RuntimeDir) -> None
     assert (await controller.scale(2, "same"))["state"] == "done"
     with pytest.raises(AdminError) as refused:
         await controller.scale(3, "same")
-    assert refused.value.code == "invalid"
+    assert refused.value.code == "conflict"
 
 
 @pytest.mark.parametrize(
