@@ -74,7 +74,9 @@ class AdminApi:
                 problem = _message(found) or "it is shutting down"
             except (OSError, http.client.HTTPException) as error:
                 problem = str(error) or type(error).__name__
-            if time.monotonic() >= deadline_s or not self.alive():
+            if not self.alive():
+                raise CommandError("stopped", "the cluster has ended; what happened: flexpert events")
+            if time.monotonic() >= deadline_s:
                 raise CommandError("unreachable", f"the admin API at {self.url} does not answer: {problem}")
             self.sleep(_AGAIN_S)
         if isinstance(found, dict) and 200 <= status < 300:

@@ -21,7 +21,7 @@ def clean_up(runtime: RuntimeDir, *, stop_manager: bool) -> list[str]:
     said = _end_processes(runtime)
     if stop_manager:
         said += _stop_manager(runtime)
-    for path in (runtime.state, runtime.admin_socket, *runtime.path.glob("worker-*.sock")):
+    for path in (runtime.state, runtime.admin_socket, *runtime.path.glob("worker-*.sock*")):
         path.unlink(missing_ok=True)
     return said
 

@@ -64,7 +64,15 @@ def begin_and_follow(
     """begin(request id) asks for the transition; again(request id) is the command line that follows it once more. Returns how it stands at
     the end, and the exit code. Raises CommandError where it was refused, or ended otherwise than asked."""
     request_id = request_id or "cli-" + secrets.token_hex(8)
-    transition = begin(request_id)
+    try:
+        transition = begin(request_id)
+    except CommandError as error:
+        if error.kind != "unreachable":
+            raise
+        raise CommandError(
+            error.kind,
+            f"{error}; it may still happen: ask again with `{again(request_id)}`, which begins nothing twice",
+        ) from error
     if not wait or transition["state"] != "running":
         return _checked(transition), 0
     view = TransitionView(console)
@@ -73,6 +81,10 @@ def begin_and_follow(
             view.show(transition)
             time.sleep(POLL_S)
             transition = api.transition(transition["transition_id"])
+    except CommandError as error:
+        if error.kind != "stopped":
+            raise
+        raise CommandError("transition", f"{name_of(transition)} aborted: {error}") from error
     except KeyboardInterrupt:
         view.close()
         sys.stderr.write(

@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from flexpert.controller.gateway.schema import MAX_INT
 
+
+def _not_our_own(request_id: str) -> str:
+    if request_id.startswith("boot-"):
+        raise ValueError("ids that begin with boot- are the cluster's own; draw another id")
+    return request_id
+
+
 RequestId = Annotated[
     str,
+    AfterValidator(_not_our_own),
     Field(
         min_length=1, max_length=128, pattern=r"^[!-~]+$",
         description="Sent again with the same id, a request changes nothing and tells of the transition it began. Default: a new one.",

@@ -159,9 +159,13 @@ def test_leftovers_in_a_ray_cluster_that_is_gone_keep_nobody_waiting(
     monkeypatch.setenv("FLEXPERT_RUNTIME_DIR", str(runtime))
     gone = {"pid": 2**22 + 1, "start_ticks": 1, "name": "up"}
     write_json(make("default").state, {"up": gone, "ray_address": "127.0.0.1:9"})
+    sockets = [make("default").path / f"worker-0.1{ending}" for ending in (".sock", ".ep.sock", ".ep.sock.kv")]
+    for path in sockets:
+        path.touch()
     done = flexpert(runtime, "down")
     assert done.returncode == 0
     assert "could not look for actors" in done.stdout
+    assert not any(path.exists() for path in sockets)
     assert flexpert(runtime, "down").stdout == "no cluster named 'default' runs\n"
 
 

@@ -6,8 +6,9 @@ import io
 import json
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -17,7 +18,7 @@ from tests.cli.harness import COMMAND, environment, flexpert
 from flexpert.cli import look, machine
 from flexpert.cli.api import AdminApi
 from flexpert.cli.errors import CommandError
-from flexpert.cli.scale import TransitionView, describe_transition
+from flexpert.cli.scale import TransitionView, begin_and_follow, describe_transition
 
 
 @pytest.fixture
@@ -125,6 +126,7 @@ def test_transition_that_ends_otherwise_has_its_own_code(
         (["drain", "worker-9"], 14, "there is no worker 'worker-9': worker-0, worker-1 serve"),
         (["drain", "../status"], 14, ""),
         (["scale", "3", "--request-id", "a b"], 2, "request_id"),
+        (["scale", "3", "--request-id", "boot-x"], 2, "draw another id, found 'boot-x'"),
         (["scale", "3", "--admin-key", "wrong"], 13, "The admin key is not one of this server's"),
         (["scale", "3", "--admin-key", API_KEY], 13, "This is an API key"),
         (["status", "--admin-key", "wrong"], 13, "The admin key is not one of this server's"),
@@ -229,9 +231,44 @@ def test_what_is_no_flexpert_is_told(server: AdminServer) -> None:
 def test_nobody_there_is_told_after_a_while() -> None:
     tries: list[float] = []
     api = AdminApi("http://127.0.0.1:1", "k", alive=lambda: len(tries) < 3, sleep=tries.append)
-    with pytest.raises(CommandError, match="does not answer") as caught:
+    with pytest.raises(CommandError, match="the cluster has ended") as caught:
         api.status()
-    assert (caught.value.exit_code, len(tries)) == (17, 3)
+    assert (caught.value.exit_code, len(tries)) == (12, 3)
+    with pytest.raises(CommandError, match="does not answer") as caught:
+        AdminApi("http://127.0.0.1:1", "k", patience_s=0).status()
+    assert caught.value.exit_code == 17
+
+
+def follow(api: AdminApi, begin: Callable[[str], dict[str, Any]]) -> CommandError:
+    with pytest.raises(CommandError) as caught:
+        begin_and_follow(
+            begin, api, request_id=None, wait=True, console=Console(quiet=True),
+            again=lambda wish: f"flexpert scale 3 --request-id {wish}",
+        )  # fmt: skip
+    return caught.value
+
+
+def test_scale_without_an_answer_says_how_to_ask_again() -> None:
+    api = AdminApi("http://127.0.0.1:1", "k", patience_s=0)
+    asked: list[str] = []
+
+    def begin(request_id: str) -> dict[str, Any]:
+        asked.append(request_id)
+        return api.scale(3, request_id=request_id)
+
+    error = follow(api, begin)
+    assert error.exit_code == 17
+    assert f"it may still happen: ask again with `flexpert scale 3 --request-id {asked[0]}`" in str(error)
+
+
+def test_cluster_that_ends_meanwhile_aborts_the_transition() -> None:
+    begun = {"transition_id": "t-1", "asked": "scale 3", "state": "running", "phase": "prepare"}
+    api = AdminApi("http://127.0.0.1:1", "k", alive=lambda: False)
+    error = follow(api, lambda _: dict(begun))
+    assert (error.exit_code, str(error)) == (
+        18,
+        "t-1 (scale 3) aborted: the cluster has ended; what happened: flexpert events",
+    )
 
 
 @pytest.mark.parametrize(
