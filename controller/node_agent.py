@@ -43,6 +43,7 @@ class NodeAgent:
         self._managers: dict[str, _Manager] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._probes: dict[str, asyncio.Task[None]] = {}
+        self._silent: set[int] = set()  # pids of managers that were ended because they did not answer
 
     async def ensure(self, device: str) -> dict[str, Any]:
         """Start the device's manager or adopt the running one; returns its socket and process, or the failure."""
@@ -98,7 +99,9 @@ class NodeAgent:
                 answered = await asyncio.to_thread(self._answers, manager.socket)
                 if answered:
                     break
-            if not answered and self._managers.get(device) is manager and manager.process.signal(signal.SIGKILL):
+            if not answered and self._managers.get(device) is manager and manager.process.alive:
+                self._silent.add(manager.process.pid)
+                manager.process.signal(signal.SIGKILL)
                 log.error("the HBM manager of %s (pid %d) did not answer; killed", device, manager.process.pid)
 
     def _answers(self, socket_path: Path) -> bool:
@@ -148,7 +151,8 @@ class NodeAgent:
             finally:
                 loop.remove_reader(pidfd)
                 os.close(pidfd)
-        return f"the HBM manager of {device} ended; weights and KV it held are gone"
+        what = "did not answer and was ended" if pid in self._silent else "ended"
+        return f"the HBM manager of {device} {what}; weights and KV it held are gone"
 
     async def stop(self, device: str) -> bool:
         """End the manager of a device and free its memory."""

@@ -243,6 +243,9 @@ def _add_error_handlers(app: FastAPI) -> None:
         if error.status_code == 405:
             message = f"{request.method} is not allowed at {request.url.path}."
             return error_response(ApiError(405, message, code="method_not_allowed", headers=dict(error.headers or {})))
+        if error.status_code == 400:  # FastAPI's own: its JSON parser gave up
+            message = "The body cannot be read as JSON: it is nested too deeply, or has too long a number."
+            return error_response(bad_request(message, code="invalid_json"))
         return error_response(ApiError(error.status_code, str(error.detail)))
 
     @app.exception_handler(Exception)

@@ -78,6 +78,7 @@ async def test_manager_that_stands_still_is_ended(runtime: Path, monkeypatch: py
     process = ProcessId.of(found["pid"])
     assert process is not None
     os.kill(found["pid"], signal.SIGSTOP)
-    await asyncio.wait_for(agent.wait_manager_closed("device-0", found["pid"]), 20)
+    told = await asyncio.wait_for(agent.wait_manager_closed("device-0", found["pid"]), 20)
+    assert "did not answer and was ended" in told
     assert not process.alive
     assert ProcessId.of(other["pid"]) is not None, "the one that answers lives"

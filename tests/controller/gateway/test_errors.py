@@ -188,7 +188,8 @@ def test_echoed_log_probabilities_have_a_limit(
 )  # fmt: skip
 def test_malformed_body_is_refused(http: httpx.Client, body: bytes) -> None:
     error = error_of(http.post("/v1/completions", content=body, headers={"content-type": "application/json"}), 400)
-    assert "JSON" in error["message"] or "body" in error["message"]
+    assert "JSON" in error["message"]
+    assert error["code"] == "invalid_json"
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
