@@ -291,8 +291,11 @@ class Order:
 class State:
     """Between two ticks; opaque to everybody but the core. `State(run_id=...)` is a fresh start; run_id makes decision ids unique.
 
-    peaks and dips: what was wanted, kept as falling and rising steps, so that the highest and the lowest of a window are at their front.
-    loads: the load in workers, for the panic window and for its trend. joins: durations of the last joins, newest last.
+    peaks and dips: the load in workers, kept as falling and rising steps, so that the highest and the lowest of a window are at their
+    front. loads: the same as it was, for the panic window. trend: of it what says how much work there is, while nothing was full.
+    joins: how long the last ones took, newest last. sized_workers, sized_load: the size last ordered and the load it was right for.
+    trial_*: the last shrink that was made because latencies were low, without knowing what a worker takes. *_capacity: tokens/s of
+    one worker, measured when it had more to do.
     """
 
     run_id: str = "d"
@@ -302,10 +305,10 @@ class State:
     peaks: tuple[Sample, ...] = ()
     dips: tuple[Sample, ...] = ()
     loads: tuple[Sample, ...] = ()
+    trend: tuple[Sample, ...] = ()
     changes: tuple[Change, ...] = ()
     order: Order | None = None
     panic_until_s: float | None = None
-    panic_workers: int = 0
     grow_failures: int = 0
     grow_again_s: float | None = None
     joins: tuple[float, ...] = ()
@@ -313,3 +316,10 @@ class State:
     seen_transition: str = ""
     prefill_capacity: float | None = None
     decode_capacity: float | None = None
+    strained_ticks: int = 0
+    sized_workers: int = 0
+    sized_load: float = 0.0
+    trial_s: float | None = None
+    trial_demand: float = 0.0
+    low_since_s: float | None = None
+    fallback_grown: bool = False
