@@ -26,9 +26,9 @@ class WorkerConfig:
 
     epoch: None serves alone at once; else the draft of the epoch that this worker joins, encoded: it loads its share of it, from the
     managers `sources` (sockets, or (socket, slab groups)) where they have it, and serves once an epoch was prepared and committed.
-    exchange_address: where ranks connect; None derives it from `address`. step_timeout_s: how long a rank waits for its peers within
-    a step. transport: "mapped" (peer memory, ranks on the CPU of one host), "distributed" (torch.distributed), or "auto": mapped where
-    that is possible. All ranks of an epoch must have the same.
+    exchange_address: where ranks connect; None derives it from `address`. step_timeout_s: how long a rank waits within a step for a peer
+    that is silent. transport: "mapped" (peer memory, ranks on the CPU of one host), "distributed" (torch.distributed), or "auto": mapped
+    where that is possible. All ranks of an epoch must have the same.
     """
 
     worker_id: str

@@ -3,16 +3,21 @@
 One `Doorbells` has a socket for each peer. A transport rings its peers, then collects all of theirs; it sleeps in poll meanwhile, and
 wakes for one peer at a time, since a wake per peer costs more than reading the others late. The first missing peer's bytes wake it,
 the others only by hanging up. Doorbells of later phases are kept. Used by `mapped` and `distributed`; single-threaded but for
-`wake` and `close`.
+`wake`, `close` and a thread that speaks up while this rank computes.
 
 Who is a suspect: a rank that has waited for half of the deadline, or gives up, tells its peers so (a notice); those that are only
 waiting themselves, or have closed after they gave up, are not blamed. Idle ranks give up too, where a peer is gone. Should the end of
 one that gave up be seen before the end of the one it gave up for, that one is waited for.
+
+Slow is not dead: while a rank computes between two exchanges, it says that it is busy, four times in a deadline, and its peers' deadline
+counts from the last time it did. A process that was stopped is silent. Because a thread says so that does not see whether the computation
+goes on, it ends after a number of notices; they also have to fit into the socket of a peer that does not read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import socket
@@ -24,9 +29,11 @@ from typing import NamedTuple
 
 from flexpert.workers.transport.base import StepMissed
 
-# epoch, step, phase, round, rounds (0: a notice), offset, length
+# epoch, step, phase, round, rounds (or which notice it is), offset, length
 _DOORBELL = struct.Struct("<qqiiiiqq")
-_READ_BYTES = 64 * _DOORBELL.size
+_READ_BYTES = 256 * _DOORBELL.size
+_WAITING, _BUSY = 0, -1
+MOST_BUSY_NOTICES = 128  # of one computation: 32 deadlines
 
 Key = tuple[int, int, int]  # step, phase, round
 
@@ -52,8 +59,14 @@ class _Peer:
         self.kept: dict[Key, Doorbell] = {}
         self.last: Key = (-1, -1, -1)
         self.waits_at: Key | None = None  # a notice; it is not the cause while that is where it is
+        self.heard_s = -math.inf  # when it said last that it is busy
         self.gone = False
         self.rest = b""
+
+    @property
+    def excused(self) -> bool:
+        """It waits itself, or gave up because of another."""
+        return self.waits_at == self.last
 
 
 class Doorbells:
@@ -68,6 +81,10 @@ class Doorbells:
         self._wake_lock = threading.Lock()
         self._closed = False
         self._last: Key = (-1, -1, -1)  # what this rank rang last
+        self._busy_notices_left = 0  # before its first exchange, and after it gave up, a rank says nothing
+        self._ended = threading.Event()
+        self._speaker = threading.Thread(target=self._speak_up, name="doorbells", daemon=True)
+        self._speaker.start()
 
     def ring(self, rank: int, key: Key, *, rounds: int = 1, offset: int = 0, length: int = 0) -> None:
         """A peer that is gone is noticed when its own doorbell is missing."""
@@ -76,21 +93,21 @@ class Doorbells:
 
     def collect(self, key: Key) -> dict[int, Doorbell]:
         """Every peer's doorbell of `key`, by rank. Raises StepMissed."""
-        begun = time.monotonic()
+        begun_s = time.monotonic()
         noticed = False
         missing = self._read(list(self._peers.values()), key)
         while missing:
             self._check(missing, key)
-            waited_s = time.monotonic() - begun
-            if waited_s >= self.step_timeout_s:
-                raise self._missed(missing, key)
-            if not noticed and waited_s >= self.step_timeout_s / 2:
+            now_s = time.monotonic()
+            if overdue := self._overdue(missing, begun_s=begun_s, now_s=now_s):
+                raise self._missed(missing, key, overdue)
+            if not noticed and now_s - begun_s >= self.step_timeout_s / 2:
                 noticed = True
                 self._tell_waiting(key)
-            until_s = self.step_timeout_s if noticed else self.step_timeout_s / 2
-            self._sleep(missing, until_s - waited_s)
+            self._sleep(missing, self.step_timeout_s / 8)
             missing = self._read(missing, key)
         self.check_open(key)
+        self._busy_notices_left = MOST_BUSY_NOTICES
         return {rank: peer.kept.pop(key) for rank, peer in self._peers.items()}
 
     def started(self, step: int) -> bool:
@@ -133,11 +150,16 @@ class Doorbells:
         too nor went on from there, within half of a deadline.
         """
         self._tell_waiting(key)
-        deadline = time.monotonic() + self.step_timeout_s / 2
+        began_s = time.monotonic()
+        deadline = began_s + self.step_timeout_s / 2
         while True:
             for peer in self._peers.values():
                 self._read_one(peer)
-            silent = [peer for peer in self._peers.values() if peer.last <= key and peer.waits_at != key]
+            silent = [
+                peer
+                for peer in self._peers.values()
+                if peer.last <= key and peer.waits_at != key and peer.heard_s < began_s
+            ]
             remaining_s = deadline - time.monotonic()
             if dead := [peer.rank for peer in silent if peer.gone]:
                 return dead
@@ -155,6 +177,7 @@ class Doorbells:
             if self._closed:
                 return
             self._closed = True
+            self._ended.set()
             os.eventfd_write(self._wake, 1)
             for peer in self._peers.values():
                 with contextlib.suppress(OSError):
@@ -163,6 +186,7 @@ class Doorbells:
     def close(self) -> None:
         """`hang_up`, and let go of the sockets when nobody uses them any more. From any thread; idempotent."""
         self.hang_up()
+        self._speaker.join()
         with self.busy:
             if self._wake >= 0:
                 for peer in self._peers.values():
@@ -203,8 +227,11 @@ class Doorbells:
             raise ProtocolError(
                 f"rank {peer.rank} exchanges in epoch {epoch}, this is {self.epoch_number}", [peer.rank]
             )
-        if doorbell.rounds == 0:
+        if doorbell.rounds == _WAITING:
             peer.waits_at = key
+            return
+        if doorbell.rounds == _BUSY:
+            peer.waits_at, peer.heard_s = None, time.monotonic()
             return
         if key <= peer.last:
             raise ProtocolError(f"rank {peer.rank} is at {_name(key)} after {_name(peer.last)}", [peer.rank])
@@ -233,10 +260,17 @@ class Doorbells:
             poller.register(peer.sock, select.POLLRDHUP)
         poller.poll(timeout_s * 1000 + 1)
 
-    def _missed(self, missing: Sequence[_Peer], key: Key) -> StepMissed:
+    def _overdue(self, missing: Sequence[_Peer], *, begun_s: float, now_s: float) -> list[int]:
+        """The ranks among `missing` to blame for its being late: silent for a deadline, and not waiting themselves; all that were silent
+        where nobody else is left. What they say is read up to an eighth of a deadline late."""
+        unexcused = [peer for peer in missing if not peer.excused] or missing
+        since_s = {peer.rank: max(begun_s, peer.heard_s - self.step_timeout_s / 8) for peer in unexcused}
+        return [rank for rank, silent_s in since_s.items() if now_s - silent_s >= self.step_timeout_s]
+
+    def _missed(self, missing: Sequence[_Peer], key: Key, suspects: Sequence[int]) -> StepMissed:
         ranks = [peer.rank for peer in missing]
         text = f"epoch {self.epoch_number}, {_name(key)}: ranks {ranks} took no part within {self.step_timeout_s:g} s"
-        return StepMissed(text, _blamed(missing))
+        return StepMissed(text, suspects)
 
     def _gone(self, peers: Sequence[_Peer], key: Key, when: str) -> StepMissed:
         """The error where some of `peers`, who are waited for, are gone."""
@@ -247,24 +281,42 @@ class Doorbells:
 
     def _culprits(self, peers: Sequence[_Peer], key: Key) -> list[int]:
         """Those of `peers` that went without a notice. Where there is none yet, because those that gave up were faster, they are
-        waited for, at most half of a deadline; then those are blamed that neither gave up nor sent `key`.
+        waited for, at most half of a deadline; then those are blamed that neither gave up nor sent `key` nor said that they are busy.
         """
-        deadline = time.monotonic() + self.step_timeout_s / 2
+        began_s = time.monotonic()
+        deadline = began_s + self.step_timeout_s / 2
         while True:
-            unexcused = [peer for peer in peers if peer.waits_at != peer.last]
+            unexcused = [peer for peer in peers if not peer.excused]
             if dead := [peer.rank for peer in unexcused if peer.gone]:
                 return dead
             remaining_s = deadline - time.monotonic()
             if not unexcused or remaining_s <= 0 or self._closed:
-                silent = [peer.rank for peer in unexcused if key not in peer.kept]
+                silent = [peer.rank for peer in unexcused if key not in peer.kept and peer.heard_s < began_s]
                 return silent or [peer.rank for peer in peers if peer.gone]
             self._sleep(unexcused, remaining_s)
             for peer in unexcused:
                 self._read_one(peer)
 
     def _tell_waiting(self, key: Key) -> None:
+        self._busy_notices_left = 0  # of a rank that gives up they would take its excuse back
         for peer in self._peers.values():
-            self._send(peer, _DOORBELL.pack(self.epoch_number, *key, 0, 0, 0, 0))
+            self._send(peer, _DOORBELL.pack(self.epoch_number, *key, _WAITING, 0, 0, 0))
+
+    def _speak_up(self) -> None:
+        """Until the end: where this rank is in no exchange and waits for nothing, say that it is busy."""
+        while not self._ended.wait(self.step_timeout_s / 4):
+            if self.busy.acquire(blocking=False):
+                try:
+                    if self._busy_notices_left > 0:
+                        self._busy_notices_left -= 1
+                        self._tell_busy()
+                finally:
+                    self.busy.release()
+
+    def _tell_busy(self) -> None:
+        for peer in self._peers.values():
+            with contextlib.suppress(ProtocolError):  # this rank's own exchange will notice
+                self._send(peer, _DOORBELL.pack(self.epoch_number, *self._last, _BUSY, 0, 0, 0))
 
     def _send(self, peer: _Peer, data: bytes) -> None:
         if peer.gone or self._closed:
@@ -279,11 +331,6 @@ class Doorbells:
             return
         if sent != len(data):
             raise ProtocolError(f"rank {peer.rank} has stopped reading its doorbells", [peer.rank])
-
-
-def _blamed(peers: Sequence[_Peer]) -> list[int]:
-    """Those of `peers` that did not say that they only wait themselves; all where nobody else is left."""
-    return [peer.rank for peer in peers if peer.waits_at != peer.last] or [peer.rank for peer in peers]
 
 
 def _name(key: Key) -> str:
