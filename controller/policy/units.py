@@ -11,10 +11,10 @@ import re
 
 SECONDS_PER_UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 TIME_EXAMPLES = "500ms, 30s, 5m, 2h or 7d"
-DURATION_PATTERN = r"^(0|(\d+(\.\d+)?\s?(ms|s|m|h|d)\s?)+)$"
-SHARE_PATTERN = r"^\d+(\.\d+)?\s?%$"
+DURATION_PATTERN = r"^(0|([0-9]+(\.[0-9]+)?\s?(ms|s|m|h|d)\s?)+)$"
+SHARE_PATTERN = r"^[0-9]+(\.[0-9]+)?\s?%$"
 
-_PART = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([^\s\d]*)")
+_PART = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([^\s\d]*)")
 _WORDS = {
     "ms": {"msec", "msecs", "millis", "millisecond", "milliseconds"},
     "s": {"sec", "secs", "second", "seconds"},
@@ -89,7 +89,7 @@ def parse_share(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UnitError(f"found {show_value(value)}, which is no share", todo)
     if isinstance(value, str):
-        percent = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*%\s*", value)
+        percent = re.fullmatch(r"\s*(-?[0-9]+(?:\.[0-9]+)?)\s*%\s*", value)
         if percent is None:
             raise UnitError(f"found {value!r}, which is no share", todo)
         return float(percent[1]) / 100

@@ -1,0 +1,35 @@
+"""`flexpert policy check`: reads policy files, and says what they would do or what is wrong with them. No cluster is asked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from flexpert.controller.policy.parse import PolicyError, parse_policy
+from flexpert.controller.policy.words import describe
+
+
+def check_files(files: list[str]) -> tuple[list[str], list[str]]:
+    """What the valid ones would do, with a line of the file's name above each where there are several, and the errors of the others."""
+    words: list[str] = []
+    errors: list[str] = []
+    for file in files:
+        name = "standard input" if file == "-" else file
+        try:
+            said = describe(parse_policy(_read(file)))
+        except PolicyError as error:
+            errors += [problem.in_file(name) for problem in error.problems]
+        except OSError as error:
+            errors.append(
+                f"{name}: cannot be read: {error.strerror or error}; give a policy file, such as examples/policies/default.yaml"
+            )
+        except UnicodeDecodeError as error:
+            errors.append(f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8 text")
+        else:
+            words += [f"{name}:", *(f"  {line}" for line in said)] if len(files) > 1 else said
+    return words, errors
+
+
+def _read(file: str) -> str:
+    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    return data.decode()
