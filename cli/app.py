@@ -10,6 +10,7 @@ import typer
 
 import flexpert
 from flexpert.cli.errors import CommandError
+from flexpert.cli.loadtest_command import loadtest
 from flexpert.cli.options import parse_bytes
 from flexpert.cli.policy import app as policy_app
 from flexpert.controller.runtime_dir import RuntimeDir, RuntimeDirError, find
@@ -30,6 +31,7 @@ app = typer.Typer(
 hbm_app = typer.Typer(help="Look after the HBM manager, the process that owns weights and KV.", no_args_is_help=True)
 app.add_typer(hbm_app, name="hbm")
 app.add_typer(policy_app, name="policy")
+app.command()(loadtest)
 
 UrlOption = Annotated[
     str | None,

@@ -1,7 +1,10 @@
 """Traffic shapes, trace replay, measurement and report, for any server that speaks OpenAI's API.
 
-Stands alone: it imports nothing else of flexpert. Holds nothing yet; benchmarks/ measures one worker meanwhile. What
-will stand here is told in docs/loadtest.md.
+Stands alone: it imports nothing else of flexpert. `flexpert loadtest` and the benchmarks are its callers; the simulator takes
+schedules from it.
 """
 
-__all__: list[str] = []
+from flexpert.loadtest.measure import Outcome, RunResult
+from flexpert.loadtest.schedule import Arrival, ScheduleError
+
+__all__ = ["Arrival", "Outcome", "RunResult", "ScheduleError"]
