@@ -17,7 +17,6 @@ from rich.console import Console
 
 import flexpert
 from flexpert.cli.errors import CommandError
-from flexpert.loadtest.client import BadUrl, parse_url
 from flexpert.loadtest.conduct import LoadTest, conduct
 from flexpert.loadtest.lengths import LengthsError, Mix, parse_lengths
 from flexpert.loadtest.live import LiveView
@@ -29,6 +28,7 @@ from flexpert.loadtest.schedule import Arrival, ScheduleError, read_lines, to_li
 from flexpert.loadtest.shapes import arrivals, duration_s, words
 from flexpert.loadtest.slo import SloError, parse_slos
 from flexpert.loadtest.spec import load_shape, parse_duration, parse_shape
+from flexpert.loadtest.target import BadUrl, parse_url
 
 FAILED = 1  # an objective was missed, or no request at all was answered
 

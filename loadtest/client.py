@@ -13,52 +13,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 from flexpert.loadtest.events import BadAnswer, Chunks, Events, Head, error_text, parse_chunk, parse_head
 from flexpert.loadtest.measure import Outcome
+from flexpert.loadtest.target import Target, request_head, tls_context
 
-__all__ = ["BadUrl", "Client", "Exchange", "Target", "parse_url"]
+__all__ = ["Client", "Exchange"]
 
 MAX_ERROR_BYTES = 64 << 10
 SWEEP_S = 0.05
-
-
-class BadUrl(ValueError):
-    """The message says what was found and what was expected."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """base: path before /v1, mostly empty."""
-
-    host: str
-    port: int
-    tls: bool
-    base: str
-    key: str | None = None
-    verify: bool = True
-
-    @property
-    def url(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http{'s' * self.tls}://{host}:{self.port}{self.base}"
-
-
-def parse_url(url: str, *, key: str | None = None, verify: bool = True) -> Target:
-    """The server's URL, with or without /v1. Raises BadUrl."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise BadUrl(f"{url!r}: {error}; expected a URL like http://host:8000") from error
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        raise BadUrl(f"{url!r}: expected a URL like http://host:8000")
-    tls = parts.scheme == "https"
-    base = parts.path.rstrip("/").removesuffix("/v1")
-    if key is not None and not (key.isascii() and key.isprintable()):
-        raise BadUrl("the API key has characters that no header can carry")
-    return Target(parts.hostname, port or (443 if tls else 80), tls, base, key, verify)
 
 
 @dataclass(slots=True)
@@ -250,7 +213,7 @@ class Client:
         self.connections: set[_Connection] = set()
         self.live: dict[int, Exchange] = {}  # by id(), in the order they were sent
         self.opened = 0
-        self._tls = _tls(target)
+        self._tls = tls_context(target)
         self._loop = asyncio.get_running_loop()
         self._sweeper: asyncio.TimerHandle | None = None
         self._heads: dict[str, bytes] = {}
@@ -263,7 +226,7 @@ class Client:
         """A POST as it goes over the wire."""
         head = self._heads.get(path)
         if head is None:
-            head = self._heads[path] = _head(self.target, "POST", path, None)
+            head = self._heads[path] = request_head(self.target, "POST", path, None)
         return b"%s%d\r\n\r\n%s" % (head, len(body), body)
 
     def send(self, exchange: Exchange) -> None:
@@ -361,7 +324,7 @@ class Client:
                 ended.set_result(None)
 
         outcome = Outcome(index=-1, intended_s=self.now_s(), wanted_prompt_tokens=0, wanted_output_tokens=0)
-        content = _head(self.target, method, path, key) + b"%d\r\n\r\n%s" % (len(body), body)
+        content = request_head(self.target, method, path, key) + b"%d\r\n\r\n%s" % (len(body), body)
         exchange = Exchange(content, outcome, on_end, streamed=False)
         self.send(exchange)
         await ended
@@ -385,26 +348,6 @@ class Client:
         self.connections.clear()
         self.idle.clear()
         await asyncio.sleep(0)
-
-
-def _head(target: Target, method: str, path: str, key: str | None) -> bytes:
-    """Up to the number of bytes of the body. key: another than the target's."""
-    host = f"[{target.host}]" if ":" in target.host else target.host
-    key = target.key if key is None else key
-    lines = [f"{method} {target.base}{path} HTTP/1.1", f"host: {host}:{target.port}", "user-agent: flexpert-loadtest"]
-    lines += ["accept: text/event-stream, application/json", "content-type: application/json"]
-    lines += [f"authorization: Bearer {key}"] if key else []
-    return "\r\n".join([*lines, "content-length: "]).encode()
-
-
-def _tls(target: Target) -> ssl.SSLContext | None:
-    if not target.tls:
-        return None
-    context = ssl.create_default_context()
-    if not target.verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 def _why(error: Exception) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flexpert.loadtest.client import Client, Target
+from flexpert.loadtest.client import Client
 from flexpert.loadtest.lengths import Mix
 from flexpert.loadtest.measure import Outcome, RunResult, ServerEvent
 from flexpert.loadtest.preflight import Ready, Unusable, prepare
@@ -25,6 +25,7 @@ from flexpert.loadtest.run import ClosedLoop, OpenLoop, Recorder, Users
 from flexpert.loadtest.schedule import Arrival
 from flexpert.loadtest.slo import Objective, per_request, verdict
 from flexpert.loadtest.summary import lag_of, summarise, timeline
+from flexpert.loadtest.target import Target
 
 __all__ = ["LoadTest", "conduct"]
 
