@@ -3,7 +3,8 @@
 `set_desired` says which workers there should be; the pool adds, updates and closes links until that is so. Each change that can
 free a place (a worker up, a choice done, a new list) runs `_dispatch`, which asks `routing` for each waiting choice in order of arrival.
 A lost worker's choices wait again and go, with the tokens that they have, to the next worker that takes them; those that a worker
-gives away (Released) go to the worker it names, which has their KV already, or failing that to any other.
+gives away (Released) go to the worker it names, which has their KV already, or failing that to any other. Workers may have unequal
+memory: what is promised is what the smallest one holds, and a choice goes only where it fits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable
+
+import msgspec
 
 from flexpert.controller.gateway.config import WorkerAddress
 from flexpert.controller.gateway.errors import ApiError, bad_request, internal_error, shutting_down
@@ -74,11 +77,14 @@ class WorkerPool:
         return self._limits_known.is_set()
 
     async def limits(self) -> Welcome:
-        """What the workers can do, as the last one said; waits where none was ever there."""
+        """What the workers can do, as the last one said, with the context of the one that holds least: whoever serves must be able to take
+        over what another began. Waits where none was ever there."""
         await self._limits_known.wait()
         if self._limits is None:
             raise shutting_down()
-        return self._limits
+        contexts = [link.welcome.max_context_tokens for link in self.links if link.welcome is not None]
+        least_tokens = min(contexts, default=self._limits.max_context_tokens)
+        return msgspec.structs.replace(self._limits, max_context_tokens=least_tokens)
 
     def add(self, choices: Iterable[LiveChoice]) -> None:
         for choice in choices:
@@ -208,21 +214,23 @@ class WorkerPool:
 
     def _next(self) -> tuple[LiveChoice, str] | None:
         """A waiting choice and its worker. First those whose KV is at a worker, which takes them also where it is full; then in order
-        of arrival, past those only that all open workers gave away."""
+        of arrival, past those only that all open workers gave away or cannot hold."""
+        if not self.ready:
+            return None
         waiting = self.live.waiting
         for choice in waiting:
-            if choice.target_worker_id and self._is_open(choice.target_worker_id):
+            if choice.target_worker_id and self._is_open_for(choice, choice.target_worker_id):
                 return choice, choice.target_worker_id
         for choice in waiting:
             if (worker_id := self._choose(choice)) is not None:
                 return choice, worker_id
-            if not choice.avoided_worker_ids:
+            if not choice.avoided_worker_ids and any(self._is_open_for(choice, name) for name in self._links):
                 return None
         return None
 
-    def _is_open(self, worker_id: str) -> bool:
+    def _is_open_for(self, choice: LiveChoice, worker_id: str) -> bool:
         link = self._links.get(worker_id)
-        return link is not None and link.connected and not link.target.draining
+        return link is not None and link.connected and not link.target.draining and _holds(link, choice)
 
     def _give(self, choice: LiveChoice, worker_id: str) -> None:
         self.live.assign(choice, worker_id)
@@ -235,7 +243,11 @@ class WorkerPool:
 
     def _choose(self, choice: LiveChoice) -> str | None:
         avoided = choice.avoided_worker_ids
-        connected = [link for link in self._links.values() if link.connected and link.worker_id not in avoided]
+        connected = [
+            link
+            for link in self._links.values()
+            if link.connected and link.worker_id not in avoided and _holds(link, choice)
+        ]
         seen = self._prefixes.seen_tokens(choice.prompt_token_ids) if len(connected) > 1 else {}
         loads = [self._load(link, seen.get(link.worker_id, 0)) for link in connected]
         return choose_worker(prompt_tokens=len(choice.prompt_token_ids) + len(choice.emitted_token_ids), workers=loads)
@@ -289,3 +301,9 @@ class WorkerPool:
         usual = 0 if self._limits is None else self._limits.max_running
         capacity = sum(usual if link.welcome is None else link.welcome.max_running for link in self._links.values())
         self._known_capacity = capacity or self._known_capacity
+
+
+def _holds(link: WorkerLink, choice: LiveChoice) -> bool:
+    """Whether the worker has memory for the whole of it, whatever else it serves: it said so in its Welcome, and keeps to that."""
+    tokens = len(choice.prompt_token_ids) + choice.params.max_tokens
+    return link.welcome is not None and tokens <= link.welcome.max_context_tokens
