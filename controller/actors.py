@@ -56,6 +56,11 @@ class Actors:
             log.warning("%s does not tell its status: %r", component, error)
             return {}
 
+    async def ask(self, component: str, method: str, *arguments: Any) -> Any:
+        """A method of a component's actor; None where there is no such component now. Raises ActorGone."""
+        actor = self._actors.get(component)
+        return None if actor is None else await ray_cluster.call(actor, method, *arguments)
+
     async def _stop_workers(self, workers: Mapping[str, Any]) -> None:
         """In order where they answer, and all of them."""
         stops = (asyncio.wait_for(ray_cluster.call(actor, "stop"), STOP_TIMEOUT_S) for actor in workers.values())

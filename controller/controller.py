@@ -17,6 +17,7 @@ from typing import Any
 
 from flexpert.controller import supervision_types as s
 from flexpert.controller import transition_types as t
+from flexpert.controller.autoscaler.part import PolicyPart
 from flexpert.controller.components import Components, ShapeFailed, ShapeKnown
 from flexpert.controller.conductor import Action, Conductor
 from flexpert.controller.desk import Desk
@@ -51,10 +52,10 @@ class Controller:
         self._queue: asyncio.Queue[s.Event | t.Event | ShapeKnown | ShapeFailed] = asyncio.Queue()
         self._changed = asyncio.Event()
         self._components: Components
+        self._policy: PolicyPart
         self._published = t.Publish((), ())
         self._given_up: dict[str, str] | None = None
-        self._stopped = False
-        self._finishing = False
+        self._stopped = self._finishing = False
         self._ticks = 0
 
     # What `flexpert up` calls
@@ -92,6 +93,7 @@ class Controller:
         """Ray can make and end no actor any more (its GCS is gone): have new requests refused; returns when those that run have ended."""
         await self._ensure_running()
         self._finishing = True
+        await self._policy.stop()
         self._tell("drain", "Ray's GCS ended: new requests are refused, running ones finish")
         await self._components.finish_requests()
 
@@ -100,41 +102,33 @@ class Controller:
     async def status(self) -> dict[str, Any]:
         """Everything `flexpert status` shows."""
         await self._ensure_running()
-        supervision, transitions = self._conductor.supervision, self._conductor.transitions
-        processes = supervision.processes()
-        serving = {name: worker for name, (phase, worker) in processes.items() if phase == "serving"}
-        devices, gateway, *workers = await asyncio.gather(
-            self._components.device_status(), *(self._components.status(name) for name in (s.GATEWAY, *serving))
-        )
-        epoch = None if transitions is None else transitions.current
         return {
-            "name": self._spec.name,
-            "phase": supervision.phase,
-            "ready": self._conductor.ready,
-            "epoch": 0 if epoch is None else epoch.number,
-            "model": self._spec.model_id,
+            **await self._desk.status(self._spec, self._conductor, self._components, self._published),
             "uptime_s": round(time.time() - self._journal.facts.began_s, 1),
             "controller": {"pid": os.getpid()},
-            "manager": next(iter(devices.values()), {}),
-            "gateway": gateway,
-            "workers": self._desk.workers(
-                dict(zip(serving, workers, strict=True)), serving, transitions, self._published
-            ),
-            "devices": self._desk.devices(self._spec, devices, serving.values()),
-            "max_workers": self._spec.max_workers,
-            "standbys": sum(phase == "warm" for phase, _ in processes.values()),
             "transition": self._progress(None),
-            "timings": self._conductor.timings.to_json(),
-            "processes": {name: {"phase": phase, "worker_id": worker} for name, (phase, worker) in processes.items()},
+            "policy": self._policy.summary(),
         }
 
-    async def scale(self, workers: int, request_id: str) -> dict[str, Any]:
-        """Begin the transition to so many workers; returns its progress. Raises AdminError. The same request_id begins nothing new."""
-        return await self._request(t.Request("scale", request_id, workers=workers))
+    async def scale(
+        self, workers: int, request_id: str, owner: str = "admin API", for_s: float | None = None
+    ) -> dict[str, Any]:
+        """Begin the transition to so many workers; returns its progress. Raises AdminError. The same request_id begins nothing new.
+        Where a policy is active that size holds against it for for_s."""
+        await self._ensure_running()
+        return await self._policy.by_hand(t.Request("scale", request_id, workers=workers), owner=owner, for_s=for_s)
 
-    async def drain(self, worker_id: str, request_id: str) -> dict[str, Any]:
+    async def drain(
+        self, worker_id: str, request_id: str, owner: str = "admin API", for_s: float | None = None
+    ) -> dict[str, Any]:
         """Begin the transition in which this worker leaves; as scale."""
-        return await self._request(t.Request("drain", request_id, worker_id=worker_id))
+        await self._ensure_running()
+        return await self._policy.by_hand(t.Request("drain", request_id, worker_id=worker_id), owner=owner, for_s=for_s)
+
+    async def policy(self, word: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """About the scaling policy: see autoscaler.desk. Raises AdminError."""
+        await self._ensure_running()
+        return await self._policy.answer(word, arguments)
 
     async def transition(self, transition_id: str | None = None) -> dict[str, Any] | None:
         """Progress of that transition; without an id of the one that runs, or else the last one, None where there was none yet.
@@ -209,6 +203,11 @@ class Controller:
                 self._take(t.Resumed(tuple(workers.items())))
                 for worker_id, process in workers.items():
                     self._components.members.follow(worker_id, process)
+            self._policy = PolicyPart(
+                spec=self._spec, journal=self._journal, conductor=self._conductor, ask=self._components.ask, progress=self._progress,
+                request=self._request, send=self._queue.put_nowait, tell=self._tell,
+            )  # fmt: skip
+            self._policy.start()
             self._begun.set()
             self._ticking = asyncio.create_task(self._tick())
             while True:
@@ -379,6 +378,7 @@ class Controller:
 
     async def _stop_all(self) -> None:
         try:
+            await self._policy.stop()
             await self._components.stop_all()
         except Exception:
             log.exception("not everything could be ended; `flexpert up` ends what is left")

@@ -7,16 +7,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
+from flexpert.controller.conductor import Conductor
 from flexpert.controller.spec import ClusterSpec, device_of
+from flexpert.controller.supervision_types import GATEWAY
 from flexpert.controller.timings import Timings
 from flexpert.controller.transition import Transitions
 from flexpert.controller.transition_types import Answer, Progress, Publish
 
 KEPT = 200
+
+
+class AskStatus(Protocol):
+    """The components, as far as they tell of themselves."""
+
+    async def device_status(self) -> dict[str, dict[str, Any]]: ...
+
+    async def status(self, component: str) -> dict[str, Any]: ...
 
 
 class Desk:
@@ -75,6 +85,33 @@ class Desk:
             if member["role"] == "joins":
                 member["cold"] = timings.is_cold(member["worker_id"])
         return found
+
+    async def status(
+        self, spec: ClusterSpec, conductor: Conductor, components: AskStatus, published: Publish
+    ) -> dict[str, Any]:
+        """What the machines know, and what each component tells of itself."""
+        supervision, transitions = conductor.supervision, conductor.transitions
+        processes = supervision.processes()
+        serving = {name: worker for name, (phase, worker) in processes.items() if phase == "serving"}
+        devices, gateway, *workers = await asyncio.gather(
+            components.device_status(), *(components.status(name) for name in (GATEWAY, *serving))
+        )
+        epoch = None if transitions is None else transitions.current
+        return {
+            "name": spec.name,
+            "phase": supervision.phase,
+            "ready": conductor.ready,
+            "epoch": 0 if epoch is None else epoch.number,
+            "model": spec.model_id,
+            "manager": next(iter(devices.values()), {}),
+            "gateway": gateway,
+            "workers": self.workers(dict(zip(serving, workers, strict=True)), serving, transitions, published),
+            "devices": self.devices(spec, devices, serving.values()),
+            "max_workers": spec.max_workers,
+            "standbys": sum(phase == "warm" for phase, _ in processes.values()),
+            "timings": conductor.timings.to_json(),
+            "processes": {name: {"phase": phase, "worker_id": worker} for name, (phase, worker) in processes.items()},
+        }
 
     def workers(
         self,

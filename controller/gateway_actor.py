@@ -83,9 +83,11 @@ class GatewayActor:
             return None
         return {"pid": os.getpid(), "port": self._gateway.port}
 
-    async def load(self, window_s: float, slo: tuple[float | None, float | None] | None) -> dict[str, Any]:
+    async def load(
+        self, window_s: float, slo: tuple[float | None, float | None] | None, long_s: float | None = None
+    ) -> dict[str, Any]:
         """Traffic of the last window_s and what each worker told last: see controller.gateway.load; {} before it listens."""
-        return {} if self._gateway is None else dict(self._gateway.load(window_s=window_s, slo=slo))
+        return {} if self._gateway is None else dict(self._gateway.load(window_s=window_s, slo=slo, long_s=long_s))
 
     async def drain(self) -> None:
         """Refuse new requests, finish those there are, stop listening."""

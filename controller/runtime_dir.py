@@ -64,6 +64,11 @@ class RuntimeDir:
         return self.path / "events.old.jsonl"
 
     @property
+    def autoscaler(self) -> Path:
+        """Written by the controller: what the scaling policy decided, and what it must know after a restart."""
+        return self.path / "autoscaler"
+
+    @property
     def admin_socket(self) -> Path:
         return self.path / "admin.sock"
 

@@ -22,6 +22,7 @@ class ClusterSpec:
     the admin API. port 0 lets the kernel choose. step_timeout_s: after which the ranks of an epoch drop a step that one of them misses.
     worker_process: the class that a worker's actor runs, "module:Class". num_gpus: those of the node that the cluster uses; with fewer than
     max_workers, workers share them. transport: how workers exchange tokens, see workers.worker_config. drill_dir: see controller.drills.
+    policy_path: the scaling policy, watched for changes; None: sizes change by hand alone, until one is put by the admin API.
     """
 
     name: str
@@ -52,6 +53,7 @@ class ClusterSpec:
     worker_process: str = WORKER_PROCESS
     transport: str = "auto"
     drill_dir: Path | None = None
+    policy_path: Path | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.workers <= self.max_workers:

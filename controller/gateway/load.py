@@ -22,9 +22,10 @@ def gateway_load(
     now_s: float,
     window_s: float,
     slo: tuple[float | None, float | None] | None,
+    long_s: float | None = None,
 ) -> dict[str, Any]:
     """{"traffic": rates, percentiles and counts (see LoadWindow.look) with `live` and `waiting` (those of them without a token), "workers":
-    [...]}. slo: (ttft_s, tpot_s) that choices are judged by from now on."""
+    [...]}. slo: (ttft_s, tpot_s) that choices are judged by from now on. long_s: `long` is the traffic of so many seconds."""
     window.slo = slo
     outputs = [choice.sink for choice in pool.live if isinstance(choice.sink, ChoiceOutput)]
     waiting_s = [now_s - output.arrived_s for output in outputs if output.first_token_s is None]
@@ -35,6 +36,7 @@ def gateway_load(
     return {
         "traffic": {**traffic, "live": len(pool.live), "waiting": len(waiting_s)},
         "workers": [_worker(pool, link, now_s=now_s) for link in pool.links],
+        "long": None if long_s is None else window.look(now_s, window_s=long_s),
     }
 
 

@@ -115,10 +115,12 @@ class Gateway:
         if hasattr(self, "_pool"):
             self._pool.set_desired(self._workers)
 
-    def load(self, *, window_s: float, slo: tuple[float | None, float | None] | None) -> dict[str, Any]:
+    def load(
+        self, *, window_s: float, slo: tuple[float | None, float | None] | None, long_s: float | None = None
+    ) -> dict[str, Any]:
         """See `load`; on this object's loop, after start."""
         window = self._parts.metrics.window
-        return gateway_load(self._pool, window, now_s=time.monotonic(), window_s=window_s, slo=slo)
+        return gateway_load(self._pool, window, now_s=time.monotonic(), window_s=window_s, slo=slo, long_s=long_s)
 
     async def drain_and_stop(self) -> None:
         """Take nothing new, let live requests end within drain_timeout_s, end the rest with an error, close. May be called again."""

@@ -163,6 +163,9 @@ class PlayedComponents:
     async def device_status(self) -> dict[str, Any]:
         return {"device-0": {"pid": 7}}
 
+    async def ask(self, component: str, method: str, *arguments: Any) -> Any:
+        return None
+
     async def status(self, component: str) -> dict[str, Any]:
         return {"component": component}
 
