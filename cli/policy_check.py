@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
 from flexpert.controller.policy.parse import PolicyError, parse_policy
+from flexpert.controller.policy.spec import ScalingPolicy
 from flexpert.controller.policy.words import describe
+
+FORECASTER = "statsmodels"
 
 
 def check_files(files: list[str]) -> tuple[list[str], list[str]]:
@@ -16,7 +20,8 @@ def check_files(files: list[str]) -> tuple[list[str], list[str]]:
     for file in files:
         name = "standard input" if file == "-" else file
         try:
-            said = describe(parse_policy(_read(file)))
+            policy = parse_policy(_read(file))
+            said = [*describe(policy), *_needs(policy)]
         except PolicyError as error:
             errors += [problem.in_file(name) for problem in error.problems]
         except OSError as error:
@@ -28,6 +33,14 @@ def check_files(files: list[str]) -> tuple[list[str], list[str]]:
         else:
             words += [f"{name}:", *(f"  {line}" for line in said)] if len(files) > 1 else said
     return words, errors
+
+
+def _needs(policy: ScalingPolicy) -> list[str]:
+    """What this machine lacks for it."""
+    forecasts = any(signal.type == "forecast" for signal in policy.spec.signals)
+    if forecasts and importlib.util.find_spec(FORECASTER) is None:
+        return [f"note: {FORECASTER} is not installed here, which the forecast needs: pip install 'flexpert[forecast]'"]
+    return []
 
 
 def _read(file: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from tests.cli.harness import flexpert
 from typer.testing import CliRunner
 
@@ -65,6 +66,17 @@ def test_standard_input_and_what_is_no_text() -> None:
     assert check("-", text=b"spec: \xff")[::2] == (
         2,
         ["standard input: byte 6 is not UTF-8; save the file as UTF-8 text"],
+    )
+
+
+def test_forecast_without_its_library_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text(GOOD.replace("}]", "}, {type: forecast}]"))
+    assert not any("pip install" in line for line in check(file)[1])
+
+    monkeypatch.setattr("flexpert.cli.policy_check.FORECASTER", "no_such_forecaster")
+    assert check(file)[1][-1] == (
+        "note: no_such_forecaster is not installed here, which the forecast needs: pip install 'flexpert[forecast]'"
     )
 
 

@@ -202,6 +202,25 @@ def test_schema_and_parser_know_the_same_signals() -> None:
     )
 
 
+def test_schema_takes_what_the_parser_takes(repository: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(schema())
+    validator.check_schema(schema())
+    texts = [WHOLE, *(file.read_text() for file in (repository / "examples/policies").glob("*.yaml"))]
+
+    for text in texts:
+        assert not list(validator.iter_errors(yaml.safe_load(text)))
+        assert not list(validator.iter_errors(parse_policy(text).as_written()))
+    for good, bad in [
+        ("ttft: 1.5s", "ttft: 1500"), ("target: 75%", "target: 75"), ("min: 2,", "minn: 2,"), ("max: 8", "max: 0"),
+        ("type: slo", "type: sla"),
+        ("select: Min", "select: Most"), ("0  8 * * mon-fri", "8 o'clock"), ("kind: ScalingPolicy\n", ""),
+        ("query: sum(jobs), target: 20}", "target: 20}"),
+    ]:  # fmt: skip
+        assert good in WHOLE
+        assert list(validator.iter_errors(yaml.safe_load(WHOLE.replace(good, bad)))), bad
+
+
 def test_shipped_examples_are_valid(repository: Path) -> None:
     files = sorted((repository / "examples/policies").glob("*.yaml"))
 
