@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from flexpert.controller.errors import AdminError
 from flexpert.controller.gateway import admin_schema as words
+from flexpert.controller.gateway.admin_policy import add_policy_routes
 from flexpert.controller.gateway.errors import ApiError
 from flexpert.controller.gateway.schema import ErrorResponse
 
@@ -32,7 +33,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         400: "The request makes no sense.",
         401: "The admin key is missing or wrong.",
         403: "This is an API key, or the admin API is off.",
-        404: "There is no such worker or transition.",
+        404: "There is no such worker, transition or decision; or no policy.",
         409: "Not now: another transition runs, or the request id was used for something else.",
         422: "Not with these devices or this memory; the text says what is possible instead.",
         503: "The controller is being restarted; Retry-After says when to ask again.",
@@ -92,6 +93,7 @@ def admin_router(desk: ControllerDesk) -> APIRouter:
     )
     _add_reads(router, desk)
     _add_changes(router, desk)
+    add_policy_routes(router, desk, _ERRORS)
     return router
 
 
@@ -140,13 +142,20 @@ def _add_changes(router: APIRouter, desk: ControllerDesk) -> None:
     async def scale(request: words.ScaleRequest) -> Response:
         """Change the number of workers. Answers at once; requests go on meanwhile."""
         request_id = request.request_id or _new_request_id()
-        return _begun(await desk.ask("scale", request.workers, request_id), request_id)
+        return _begun(await desk.ask("scale", request.workers, request_id, *_hold(request)), request_id)
 
     @router.post("/workers/{worker_id}/drain", responses={**begun, 404: _ERRORS[404]})
     async def drain_worker(worker_id: str, request: words.DrainRequest | None = None) -> Response:
         """Take one worker out, any of them; its requests go on at the others."""
         request_id = (request and request.request_id) or _new_request_id()
-        return _begun(await desk.ask("drain", worker_id, request_id), request_id)
+        return _begun(await desk.ask("drain", worker_id, request_id, *_hold(request)), request_id)
+
+
+def _hold(request: words.ScaleRequest | words.DrainRequest | None) -> tuple[Any, ...]:
+    """Who asks, and for how long that stands against a policy; () where nothing is said about either."""
+    if request is None or (request.owner is None and request.for_s is None):
+        return ()
+    return (request.owner or "admin API", request.for_s)
 
 
 def _begun(transition: dict[str, Any], request_id: str) -> Response:

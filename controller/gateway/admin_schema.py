@@ -38,14 +38,28 @@ class _Asked(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class ScaleRequest(_Asked):
+class _Held(_Asked):
+    """Where a policy is active, a size by hand stands against it for a while."""
+
+    owner: str | None = Field(
+        None, min_length=1, max_length=128, description="Who asks, for events and for whoever looks next."
+    )
+    for_s: float | None = Field(
+        None,
+        gt=0,
+        le=30 * 24 * 3600,
+        description="For how long, in seconds; then the policy decides again. Default: 900.",
+    )
+
+
+class ScaleRequest(_Held):
     """POST /admin/v1/scale."""
 
     workers: int = Field(ge=-MAX_INT, le=MAX_INT, description="How many are to serve: 1 to the number of devices.")
     request_id: RequestId | None = None
 
 
-class DrainRequest(_Asked):
+class DrainRequest(_Held):
     """POST /admin/v1/workers/{worker_id}/drain; the body may be left out."""
 
     request_id: RequestId | None = None

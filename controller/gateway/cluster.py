@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -128,6 +128,7 @@ class ClusterFacts(Collector):
         yield self._running(status.get("transition") or {})
         yield _by_worker("flexpert_worker_kv_bytes", "Memory for KV.", workers, "kv_bytes")
         yield _by_worker("flexpert_worker_experts", "Expert slabs that it holds.", workers, "experts_held")
+        yield from _of_policy(status.get("policy") or {})
 
     def describe(self) -> Iterator[Metric]:
         return iter(())
@@ -139,6 +140,24 @@ class ClusterFacts(Collector):
         if transition.get("state") == "running":
             family.add_metric([transition.get("kind") or "", transition.get("phase") or ""], 1.0)
         return family
+
+
+def _of_policy(policy: dict[str, Any]) -> Iterator[Metric]:
+    """Without samples where the cluster has no policy."""
+    desired = GaugeMetricFamily("flexpert_workers_desired", "Workers that the policy wants.")
+    if policy.get("desired") is not None:
+        desired.add_metric([], float(policy["desired"]))
+    yield desired
+    decisions = CounterMetricFamily(
+        "flexpert_scaling_decisions", "Decisions of the policy, by reason.", labels=["reason"]
+    )
+    for reason, count in sorted((policy.get("decisions") or {}).items()):
+        decisions.add_metric([reason], float(count))
+    yield decisions
+    ticks = SummaryMetricFamily("flexpert_autoscaler_tick_seconds", "How long a tick of the autoscaler took.")
+    if policy:
+        ticks.add_metric([], policy.get("ticks") or 0, policy.get("tick_sum_s") or 0.0)
+    yield ticks
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from flexpert.controller.errors import ADMIN_CODES
-from flexpert.controller.gateway import admin_schema, schema
+from flexpert.controller.gateway import admin_policy, admin_schema, schema
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,10 @@ def test_every_parameter_is_documented(page: str, model: Any) -> None:
 
 
 def test_every_field_of_the_admin_api_is_documented(page: str) -> None:
-    promised = [admin_schema.ScaleRequest, admin_schema.DrainRequest, admin_schema.Transition]
+    promised = [
+        *(admin_schema.ScaleRequest, admin_schema.DrainRequest, admin_schema.Transition),
+        *(admin_policy.PutPolicyRequest, admin_policy.PauseRequest, admin_policy.DryRunRequest),
+    ]
     assert {name for model in promised for name in model.model_fields} - named(page) - {"workers"} == set()
 
 
@@ -62,5 +65,5 @@ def test_metrics_of_the_page_and_of_the_server_are_the_same(page: str, shared: A
 def test_endpoints_of_the_page_and_of_the_server_are_the_same(page: str, shared: Any) -> None:
     document = httpx.get(f"{shared.gateways[0].url}/openapi.json").json()
     served = {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
-    listed = re.findall(r"^\| `((?:GET|POST) [^`]+)`", page, re.MULTILINE)
+    listed = re.findall(r"^\| `((?:GET|POST|PUT) [^`]+)`", page, re.MULTILINE)
     assert {name.replace("{id}", "{model_id}") for name in listed} == served | {"GET /openapi.json"}
