@@ -44,6 +44,7 @@ class Cluster:
         self.profile = profile
         self.now_s = 0.0
         self.step = 0
+        self.busy_s = 0.0  # in steps, so far
         self.lanes: list[Lane] = []
         self.queue: deque[Request] = deque()  # in the gateway
         self.preemptions = 0.0
@@ -54,6 +55,7 @@ class Cluster:
         self._on_first = on_first
         self._on_end = on_end
         self._work: list[float] = []  # of each lane, for routing
+        self._steps_s: list[float] = []  # of each lane, without prompts
         self._active: dict[Lane, None] = {}  # lanes with something to compute or to admit
         self._ends: list[tuple[int, int, Request]] = []
         self._order = 0
@@ -128,6 +130,12 @@ class Cluster:
     def _weigh(self, lane: Lane) -> None:
         self._work[lane.number] = lane.work()
 
+    def _changed(self, lane: Lane) -> None:
+        """Its batch is another one: its steps take another time, and it has other work before it."""
+        lane.refresh(self.step)
+        self._steps_s[lane.number] = lane.step_s
+        self._work[lane.number] = lane.work()
+
     # Time
 
     def advance(self, until_s: float) -> None:
@@ -148,9 +156,9 @@ class Cluster:
         if self.step >= self._refresh:
             self._refresh = self.step + REFRESH_STEPS
             for lane in self.lanes:
-                lane.refresh(self.step)
+                self._changed(lane)
         steps = min(self._refresh, self._overflow) - self.step
-        slowest_s = max([lane.step_s for lane in self.lanes])
+        slowest_s = max(self._steps_s)
         chunks: list[tuple[Lane, float]] = []
         for lane in list(self._active):
             chunk, alike = self._plan(lane)
@@ -173,6 +181,7 @@ class Cluster:
             steps = max(1, min(steps, math.ceil((until_s - self.now_s) / slowest_s)))
         self.step += steps
         self.now_s += steps * slowest_s
+        self.busy_s += steps * slowest_s
         for lane, chunk in chunks:
             self._compute(lane, chunk * steps)
         if ends and ends[0][0] <= self.step:
@@ -226,8 +235,7 @@ class Cluster:
             lane.todo = 0.0
             if not lane.waiting:
                 del self._active[lane]
-        lane.refresh(self.step)
-        self._weigh(lane)
+        self._changed(lane)
 
     def _answer(self, lane: Lane, request: Request) -> None:
         if request.first_s < 0:
@@ -262,8 +270,7 @@ class Cluster:
             touched[lane] = None
             self._on_end(request, now_s)
         for lane in touched:
-            lane.refresh(step)
-            self._weigh(lane)
+            self._changed(lane)
 
     def _drain_queue(self) -> None:
         while self.queue:
@@ -282,8 +289,7 @@ class Cluster:
                 self._running -= 1
                 self.preemptions += latest.weight
                 self._active[lane] = None
-            lane.refresh(self.step)
-            self._weigh(lane)
+            self._changed(lane)
         self._overflow = min((max(self.step + 1, lane.overflows_at(self.step)) for lane in self.lanes), default=NEVER)
 
     # Workers
@@ -350,8 +356,7 @@ class Cluster:
             request.todo = request.prompt + request.generated
             lane.enqueue(request, first=began)
         self._active[lane] = None
-        lane.refresh(self.step)
-        self._weigh(lane)
+        self._changed(lane)
 
     def _resized(self) -> None:
         workers = self.workers
@@ -361,6 +366,7 @@ class Cluster:
             lane.kv_capacity = self.profile.kv_capacity(workers)
             lane.refresh(self.step)
         self._work = [lane.work() for lane in self.lanes]
+        self._steps_s = [lane.step_s for lane in self.lanes]
         self._overflow = self.step
 
     def check(self) -> None:

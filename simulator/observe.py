@@ -50,12 +50,17 @@ class Observer:
         self._slo = slo
         self._devices = devices
         self._start_s = start_s
-        self._past: deque[tuple[float, int, float, float, float]] = deque([(0.0, 0, 0.0, 0.0, 0.0)])
+        self._past: deque[tuple[float, ...]] = deque([(0.0,) * 6])  # at, steps, arrived, its tokens, decoded, busy
         self._counts: dict[
             Lane, tuple[float, float, float, float, float]
         ] = {}  # at, prefilled, decoded and their rates
         self._contexts: dict[Lane, int] = {}
         self._contexts_s = -CONTEXTS_S
+
+    def glance(self, now_s: float) -> Observation:
+        """The time and who is ready, nothing else."""
+        ready = (WorkerReading(worker_id="worker", age_s=0.0),) * self._cluster.workers
+        return Observation(now_s=self._start_s + now_s, workers=ready)
 
     def look(self, now_s: float, *, arrived: float, arrived_tokens: float) -> Observation:
         """arrived, arrived_tokens: requests and prompt tokens since the begin."""
@@ -132,8 +137,8 @@ class Observer:
         decoded = sum(lane.decoded_tokens(cluster.step) for lane in cluster.lanes)
         while len(past) > 1 and past[1][0] <= now_s - TRAFFIC_WINDOW_S:
             past.popleft()
-        since_s, steps, arrived_then, tokens_then, decoded_then = past[0]
-        past.append((now_s, cluster.step, arrived, arrived_tokens, decoded))
+        since_s, steps, arrived_then, tokens_then, decoded_then, busy_then = past[0]
+        past.append((now_s, cluster.step, arrived, arrived_tokens, decoded, cluster.busy_s))
         per_s = 1 / (now_s - since_s) if now_s > since_s else 0.0
         ended, first = self._records.traffic(now_s - TRAFFIC_WINDOW_S)
         met = self._records.met(ended[:, 2], ended[:, 3])
@@ -141,7 +146,7 @@ class Observer:
         first_weights = np.concatenate([first[:, 3], late_weights])
         tpot, tpot_weights = ended[:, 3], ended[:, 5]
         if cluster.running and cluster.step > steps:  # those that go on
-            tpot = np.append(tpot, (now_s - since_s) / (cluster.step - steps))
+            tpot = np.append(tpot, (cluster.busy_s - busy_then) / (cluster.step - steps))
             tpot_weights = np.append(tpot_weights, cluster.running)
         known = ~np.isnan(tpot)
         return TrafficReading(

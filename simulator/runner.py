@@ -124,7 +124,10 @@ class _Run:
 
     def _tick(self, now_s: float) -> None:
         self.ticks += 1
-        observation = self.observer.look(now_s, arrived=self.arrived, arrived_tokens=self.arrived_tokens)
+        if self.scaler.blind:
+            observation = self.observer.glance(now_s)
+        else:
+            observation = self.observer.look(now_s, arrived=self.arrived, arrived_tokens=self.arrived_tokens)
         wish = self.scaler.decide(observation)
         self.reasons[wish.reason] += 1
         self.wanted = wish.wanted

@@ -33,10 +33,13 @@ class Wish:
 
 
 class Scaler(Protocol):
+    """blind: it needs no more of an observation than its time and how many workers are ready."""
+
     name: str
     kind: Literal["policy", "baseline"]
     interval_s: float
     standby: int
+    blind: bool
 
     def decide(self, observation: Observation) -> Wish: ...
 
@@ -52,6 +55,7 @@ def ongoing(observation: Observation) -> float:
 
 class _Baseline:
     kind: Literal["policy", "baseline"] = "baseline"
+    blind = False
 
     def __init__(self, name: str, *, low: int, high: int, interval_s: float, standby: int = 0) -> None:
         self.name = name
@@ -66,6 +70,8 @@ class _Baseline:
 
 class Fixed(_Baseline):
     """Always as many."""
+
+    blind = True
 
     def __init__(self, workers: int, *, interval_s: float = 60.0) -> None:
         super().__init__(f"fixed-{workers}", low=workers, high=workers, interval_s=interval_s)
@@ -176,6 +182,8 @@ class RayServe(_Baseline):
 
 class Scheduled(_Baseline):
     """Sizes by the clock: from starts_s[i] on (seconds after start_s) sizes[i]. What an oracle is made of."""
+
+    blind = True
 
     def __init__(
         self, name: str, *, start_s: float, starts_s: Sequence[float], sizes: Sequence[int], interval_s: float = 5.0

@@ -108,10 +108,10 @@ class Lane:
 
     def refresh(self, step: int) -> None:
         """How long the decode part of a step takes now."""
-        share = 1 / self.workers
-        self.step_s = self.times.decode_s(self.decoding * share)
-        if self.times.context_s:
-            self.step_s += self.times.context_s * (self.context_base + self.decoding * step) * share
+        times, share = self.times, 1 / self.workers
+        self.step_s = times.decode_s(self.decoding * share)
+        if times.context_s:
+            self.step_s += times.context_s * (self.context_base + self.decoding * step) * share
 
     def overflows_at(self, step: int) -> int:
         """The first step from which on there is no room for a token each of the decoding; `step` where that is now."""
