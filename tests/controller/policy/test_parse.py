@@ -342,7 +342,7 @@ def test_windows_at_different_times_do_not_contradict() -> None:
         ("- 1", "line 1: found a list; expected a mapping of apiVersion, kind, metadata, spec"),
         (
             HEAD + "  workers: {min: 1, max: 8\n  signals: []\n",
-            "line 6: not YAML: did not find expected ',' or '}'",
+            "line 6: not YAML: ",
         ),
         (HEAD + "\tworkers: 1\n", "line 5: not YAML: a tab; indent with spaces"),
         (
@@ -357,7 +357,9 @@ def test_windows_at_different_times_do_not_contradict() -> None:
 def test_text_that_is_no_policy_at_all(text: str, said: str) -> None:
     found = errors(text)
     assert len(found) == 1
-    assert found[0].startswith(said.partition(": did not")[0])
+    if said.endswith("YAML: "):  # what follows is the YAML library's
+        assert found[0].endswith("; check indentation, quotes, colons and brackets here and in the line before")
+    assert found[0].startswith(said)
 
 
 def test_head_must_say_what_it_is() -> None:

@@ -137,6 +137,28 @@ def test_nobody_makes_a_policy_that_contradicts_itself() -> None:
         parse_policy(WHOLE).spec.workers.min = 3
 
 
+def test_values_at_the_edge_of_what_is_allowed_are_allowed() -> None:
+    edges = """\
+apiVersion: flexpert.dev/v1alpha1
+kind: ScalingPolicy
+spec:
+  interval: 10s
+  workers: {min: 3, max: 3}
+  slo: {ttft: 1h, attainment: 1}
+  signals:
+    - {type: kv_utilization, target: 100%}
+    - {type: queue_time, target: 3599s}
+    - {type: schedule, windows: [{start: 0 8 * * *, end: 0 9 * * *, min: 3, max: 3}]}
+    - {type: forecast, season: 1d, history: 2d, step: 6h}
+  behavior: {scaleDown: {stabilizationWindow: 0, policies: [{type: percent, value: 100, period: 1h}]}}
+  panic: {window: 10s}
+  fallback: {after: 10s}
+  growTimeout: 10s
+  budget: {devices: 3}
+"""
+    assert parse_policy(edges).spec.budget.devices == 3
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [

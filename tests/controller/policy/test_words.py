@@ -104,6 +104,15 @@ def test_token_rates_given_or_measured() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("per", "goal"), [("worker", "one for each 20 of"), ("cluster", "so many that there is 20 of")]
+)
+def test_prometheus_signal_says_what_its_target_is_of(per: str, goal: str) -> None:
+    signal = f"{{type: prometheus, name: jobs, url: 'http://p:9090', query: sum(q), target: 20, per: {per}}}"
+    said = words(f"workers: {{max: 3}}\nsignals: [{signal}]")
+    assert f"  - prometheus 'jobs': {goal} what http://p:9090 answers to sum(q)\n" in said
+
+
 def test_ramps_follow_the_rules_over_their_periods() -> None:
     two_a_minute = DirectionConfig(stabilization_s=0, rules=(RuleConfig(type="workers", value=2, period_s=60.0),))
     half = DirectionConfig(stabilization_s=0, rules=(RuleConfig(type="percent", value=50, period_s=30.0),))
