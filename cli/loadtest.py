@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import itertools
 import json
 import os
@@ -83,6 +84,10 @@ def run_load_test(options: LoadTestOptions) -> int:
         for path in (options.json_out, options.csv_out, options.report):
             if path is not None and not path.absolute().parent.is_dir():
                 raise CommandError("usage", f"{path}: there is no directory {path.parent}")
+        if options.report is not None and importlib.util.find_spec("matplotlib") is None:
+            raise CommandError(
+                "usage", "--report draws with matplotlib, which is not installed: pip install flexpert[report]"
+            )
         result = _conduct(test, options)
     except (ScheduleError, SloError, LengthsError, BadUrl) as error:
         raise CommandError("usage", str(error)) from error

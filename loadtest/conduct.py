@@ -30,7 +30,6 @@ from flexpert.loadtest.target import Target
 __all__ = ["LoadTest", "conduct"]
 
 PREFLIGHT_TIMEOUT_S = 10.0
-HEAD_START_S = 0.25  # to make the first requests
 TICK_S = 0.25
 ADMIN_TIMEOUT_S = 10.0
 
@@ -55,6 +54,7 @@ class LoadTest:
     seed: int = 0
     timeout_s: float = 120.0
     drain_s: float = 10.0  # after a stop
+    head_start_s: float = 0.25  # to make the first requests
     warmup_s: float = 0.0
     cooldown_s: float = 0.0
     lag_limit_s: float = 0.010
@@ -88,8 +88,8 @@ async def conduct(
         recorder = Recorder(limits=limits, window=window)
         gc.collect()
         gc.disable()  # a full collection would stand between the clock and the socket; live view collects the young
-        client.start_s = time.perf_counter() + HEAD_START_S
-        started_unix_s = time.time() + HEAD_START_S
+        client.start_s = time.perf_counter() + test.head_start_s
+        started_unix_s = time.time() + test.head_start_s
         notes = await _send(test, client, ready, recorder, tick, stop, stop_now)
         ended_s = client.now_s()
         await _settle(client, recorder)

@@ -18,6 +18,9 @@ class BadAnswer(Exception):
     """The server's answer is not what it should be; the message says what was found."""
 
 
+_ABSENT = msgspec.Raw(b"null")  # Raw | None would mean None alone
+
+
 class _Details(msgspec.Struct, gc=False):
     cached_tokens: int | None = None
 
@@ -32,7 +35,7 @@ class _Delta(msgspec.Struct, gc=False):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: msgspec.Raw | None = None
+    tool_calls: msgspec.Raw = _ABSENT
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -46,7 +49,7 @@ class Chunk(msgspec.Struct, gc=False):
 
     choices: list[_Choice] = []
     usage: Usage | None = None
-    error: msgspec.Raw | None = None
+    error: msgspec.Raw = _ABSENT
 
     @property
     def content(self) -> str | None:
@@ -57,7 +60,7 @@ class Chunk(msgspec.Struct, gc=False):
             piece = choice.text if delta is None else delta.content or delta.reasoning_content or delta.reasoning
             if piece:
                 text = piece if text is None else text + piece
-            elif delta is not None and delta.tool_calls is not None and bytes(delta.tool_calls) not in (b"null", b"[]"):
+            elif delta is not None and bytes(delta.tool_calls) not in (b"null", b"[]"):
                 text = text or ""
         return text
 
@@ -75,7 +78,7 @@ def parse_chunk(data: bytes) -> Chunk:
         chunk = _decode(data)
     except msgspec.MsgspecError as error:
         raise BadAnswer(f"an event that is no chunk of a completion ({error}): {_excerpt(data)}") from error
-    if chunk.error is not None and bytes(chunk.error) != b"null":
+    if chunk.error is not _ABSENT and bytes(chunk.error) != b"null":
         raise BadAnswer(f"the server ended the stream with an error: {error_text(data)}")
     return chunk
 
@@ -185,7 +188,7 @@ class _Error(msgspec.Struct):
 
 class _ErrorBody(msgspec.Struct):
     error: _Error | str | None = None
-    detail: msgspec.Raw | None = None
+    detail: msgspec.Raw = _ABSENT
 
 
 def error_text(body: bytes) -> str:
@@ -198,7 +201,7 @@ def error_text(body: bytes) -> str:
         return found.error
     if found.error is not None and found.error.message:
         return found.error.message
-    return _excerpt(bytes(found.detail) if found.detail is not None else body)
+    return _excerpt(body if found.detail is _ABSENT else bytes(found.detail))
 
 
 def _excerpt(data: bytes) -> str:
