@@ -47,11 +47,23 @@ class AdminApi:
     def status(self) -> dict[str, Any]:
         return self._call("GET", "/status")
 
-    def scale(self, workers: int, *, request_id: str) -> dict[str, Any]:
-        return self._call("POST", "/scale", {"workers": workers, "request_id": request_id})
+    def scale(self, workers: int, *, request_id: str, hold: dict[str, Any] | None = None) -> dict[str, Any]:
+        """hold: who asks and for how long that stands against a policy."""
+        return self._call("POST", "/scale", {"workers": workers, "request_id": request_id, **(hold or {})})
 
-    def drain(self, worker_id: str, *, request_id: str) -> dict[str, Any]:
-        return self._call("POST", f"/workers/{quote(worker_id, safe='')}/drain", {"request_id": request_id})
+    def drain(self, worker_id: str, *, request_id: str, hold: dict[str, Any] | None = None) -> dict[str, Any]:
+        path = f"/workers/{quote(worker_id, safe='')}/drain"
+        return self._call("POST", path, {"request_id": request_id, **(hold or {})})
+
+    def policy(self, method: str, path: str = "", body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The scaling policy: what it is and does, or a change to it."""
+        return self._call(method, f"/policy{path}", body)
+
+    def decision(self, decision_id: str) -> dict[str, Any]:
+        return self._call("GET", f"/decisions/{quote(decision_id, safe='')}")
+
+    def decisions(self, *, limit: int, changes: bool) -> dict[str, Any]:
+        return self._call("GET", "/decisions?" + urlencode({"limit": limit, "changes": str(changes).lower()}))
 
     def transition(self, transition_id: str) -> dict[str, Any]:
         return self._call("GET", f"/transitions/{quote(transition_id, safe='')}")

@@ -11,8 +11,10 @@ import typer
 import flexpert
 from flexpert.cli.errors import CommandError
 from flexpert.cli.loadtest_command import loadtest
-from flexpert.cli.options import parse_bytes
+from flexpert.cli.options import owner, parse_bytes, parse_time
 from flexpert.cli.policy import app as policy_app
+from flexpert.cli.simulation import register as register_simulation
+from flexpert.cli.typed import AdminKey, For, Json, Name, Url
 from flexpert.controller.runtime_dir import RuntimeDir, RuntimeDirError, find
 
 if TYPE_CHECKING:
@@ -31,26 +33,14 @@ app = typer.Typer(
 hbm_app = typer.Typer(help="Look after the HBM manager, the process that owns weights and KV.", no_args_is_help=True)
 app.add_typer(hbm_app, name="hbm")
 app.add_typer(policy_app, name="policy")
+register_simulation(app)
 app.command()(loadtest)
 
-UrlOption = Annotated[
-    str | None,
-    typer.Option(
-        "--url",
-        metavar="URL",
-        help="Gateway of a cluster elsewhere. [env: FLEXPERT_URL; default: of --name on this machine]",
-    ),
-]
-AdminKeyOption = Annotated[
-    str | None, typer.Option("--admin-key", metavar="KEY", help="Its admin key. [env: FLEXPERT_ADMIN_KEY, with --url]")
-]
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Return at once; the transition goes on.")]
 RequestIdOption = Annotated[
     str | None,
     typer.Option("--request-id", metavar="ID", help="The same id again begins nothing new, it follows what it began."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
-Name = Annotated[str, typer.Option("--name", help="Name of the cluster; several can run side by side.")]
 
 
 def _version(wanted: bool) -> None:
@@ -106,10 +96,24 @@ def up(
         str | None,
         typer.Option(envvar="FLEXPERT_ADMIN_KEY", help="Key of the admin API. [default: a new one]"),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Workers that serve at first, each on a device of its own.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Workers that serve at first, each on a device of its own. [default: 1, or the policy's min]"
+        ),
+    ] = None,
     standby: Annotated[
-        int, typer.Option(min=0, max=4, help="Warm processes that wait to replace a worker that dies, or to join.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=0,
+            max=64,
+            help="Warm processes that wait to replace a worker that dies, or to join. [default: 1, or the policy's]",
+        ),
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Scale by this policy; the file is watched. See: flexpert policy check FILE"),
+    ] = None,
     max_workers: Annotated[
         int | None,
         typer.Option(
@@ -134,7 +138,10 @@ def up(
     `flexpert up ./my-checkpoint --port 9000 --memory 16GiB`
 
     `flexpert up allenai/OLMoE-1B-7B-0924 --device cuda`
+
+    `flexpert up --policy examples/policies/default.yaml` (grows and shrinks by itself)
     """
+    from flexpert.cli.policy_files import start_with
     from flexpert.cli.up import UpOptions, run_up
 
     if model is not None and model_option is not None and model != model_option:
@@ -143,6 +150,7 @@ def up(
         raise CommandError(
             "usage", "--no-auth and an API key (--api-key or FLEXPERT_API_KEY) were both given; give one"
         )
+    start = start_with(policy, workers=workers, standbys=standby, max_workers=max_workers)
     run_up(
         UpOptions(
             model=model_option or model or None,
@@ -159,9 +167,11 @@ def up(
             api_key=api_key or None,
             no_auth=no_auth,
             admin_key=admin_key or None,
-            workers=workers,
-            standbys=standby,
+            workers=start.workers,
+            standbys=start.standbys,
             max_workers=max_workers,
+            policy=start.path,
+            policy_most=start.most,
             share_gpus=share_gpus,
             log_level=_one_of("--log-level", log_level, ("debug", "info", "warning", "error")),
             drain_timeout_s=drain_timeout,
@@ -184,19 +194,20 @@ def down(
 @app.command()
 def scale(
     workers: Annotated[int, typer.Argument(help="How many are to serve.")],
+    for_time: For = None,
     no_wait: NoWait = False,
     request_id: RequestIdOption = None,
     json: Json = False,
     name: Name = "default",
-    url: UrlOption = None,
-    admin_key: AdminKeyOption = None,
+    url: Url = None,
+    admin_key: AdminKey = None,
 ) -> None:
     """Change the number of workers while they serve, and follow it; Ctrl-C stops following, not the change."""
     from flexpert.cli.api import find_api
 
-    api = find_api(name, url=url, admin_key=admin_key)
+    api, hold = find_api(name, url=url, admin_key=admin_key), _hold(for_time)
     _follow(
-        api, lambda wish: api.scale(workers, request_id=wish), request_id=request_id, no_wait=no_wait, json=json,
+        api, lambda wish: api.scale(workers, request_id=wish, hold=hold), request_id=request_id, no_wait=no_wait, json=json,
         again=f"flexpert scale {workers}",
     )  # fmt: skip
 
@@ -204,19 +215,20 @@ def scale(
 @app.command()
 def drain(
     worker: Annotated[str, typer.Argument(help="Which one, e.g. worker-1; `flexpert status` lists them.")],
+    for_time: For = None,
     no_wait: NoWait = False,
     request_id: RequestIdOption = None,
     json: Json = False,
     name: Name = "default",
-    url: UrlOption = None,
-    admin_key: AdminKeyOption = None,
+    url: Url = None,
+    admin_key: AdminKey = None,
 ) -> None:
     """Take one worker out, any of them; its requests go on at the others."""
     from flexpert.cli.api import find_api
 
-    api = find_api(name, url=url, admin_key=admin_key)
+    api, hold = find_api(name, url=url, admin_key=admin_key), _hold(for_time)
     _follow(
-        api, lambda wish: api.drain(worker, request_id=wish), request_id=request_id, no_wait=no_wait, json=json,
+        api, lambda wish: api.drain(worker, request_id=wish, hold=hold), request_id=request_id, no_wait=no_wait, json=json,
         again=f"flexpert drain {worker}",
     )  # fmt: skip
 
@@ -225,8 +237,8 @@ def drain(
 def status(
     name: Name = "default",
     json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False,
-    url: UrlOption = None,
-    admin_key: AdminKeyOption = None,
+    url: Url = None,
+    admin_key: AdminKey = None,
 ) -> None:
     """Show a running cluster: its model, epoch, workers, memory and load, and the transition in progress."""
     from flexpert.cli import show
@@ -273,8 +285,8 @@ def events(
     name: Name = "default",
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     after: Annotated[int, typer.Option(min=0, help="Only those with a higher sequence number.")] = 0,
-    url: UrlOption = None,
-    admin_key: AdminKeyOption = None,
+    url: Url = None,
+    admin_key: AdminKey = None,
 ) -> None:
     """Tell what happened in a cluster and why: started, scaled, died, replaced, each with its time."""
     import json as json_module
@@ -327,6 +339,11 @@ def _follow(
     elif not code:
         typer.echo(describe_transition(transition))
     raise typer.Exit(code)
+
+
+def _hold(for_time: str | None) -> dict[str, Any]:
+    """Who asks for a size, and for how long that stands against a policy."""
+    return {"owner": owner(), **({} if for_time is None else {"for_s": parse_time(for_time, option="--for")})}
 
 
 def _one_of(option: str, found: str, choices: tuple[str, ...]) -> str:

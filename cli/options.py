@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import re
+import socket
 
 from flexpert.cli.errors import CommandError
+from flexpert.controller.policy.units import UnitError, parse_duration
 
 _UNITS = {
     "": 1,
@@ -30,6 +33,26 @@ def parse_bytes(text: str, *, option: str) -> int:
     if size <= 0:
         raise CommandError("usage", f"{option} {text!r}: expected a size above zero like 512MiB, 4GiB or 4000000000")
     return size
+
+
+def parse_time(text: str, *, option: str) -> float:
+    """ "90s", "30m", "2h": seconds. Raises CommandError."""
+    try:
+        seconds = parse_duration(text)
+    except UnitError as error:
+        raise CommandError("usage", f"{option}: {error.what}; {error.todo}") from error
+    if seconds <= 0:
+        raise CommandError("usage", f"{option} {text!r}: expected a time above zero like 30m or 2h")
+    return seconds
+
+
+def owner() -> str:
+    """Who types: for events, and for whoever looks next."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):
+        name = "somebody"
+    return f"{name}@{socket.gethostname()}"[:128]
 
 
 def show_bytes(size: float) -> str:

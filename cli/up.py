@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexpert.cli import machine
+from flexpert.cli import machine, policy_files
 from flexpert.cli.admin import serve_admin
 from flexpert.cli.contact import Contact
 from flexpert.cli.errors import CommandError
@@ -71,6 +71,8 @@ class UpOptions:
     workers: int = 1
     standbys: int = 1
     max_workers: int | None = None
+    policy: Path | None = None
+    policy_most: int | None = None  # workers that it may want
     share_gpus: bool = False
     log_level: str = "info"
     drain_timeout_s: float = 30.0
@@ -129,9 +131,7 @@ class _Up:
     def _make_spec(self) -> ClusterSpec:
         options = self._options
         device = machine.resolve_device(options.device)
-        max_workers = machine.most_workers(
-            device, workers=options.workers, asked=options.max_workers, share_gpus=options.share_gpus
-        )
+        max_workers = policy_files.most_workers(options, device, tell=self._screen.step)
         if options.share_gpus and options.kv_bytes is None:
             raise CommandError(
                 "usage",
@@ -176,6 +176,7 @@ class _Up:
             standbys=options.standbys,
             workers=options.workers,
             max_workers=max_workers,
+            policy_path=options.policy,
             drill_dir=Path(drills) if (drills := os.environ.get("FLEXPERT_DRILL_DIR")) else None,
             threads=machine.cores(),
             drain_timeout_s=options.drain_timeout_s,

@@ -44,7 +44,7 @@ class PlayedController:
         self.calls.append((method, *arguments))
         return getattr(self, method)(*arguments)
 
-    def scale(self, workers: int, request_id: str) -> dict[str, Any]:
+    def scale(self, workers: int, request_id: str, *hold: Any) -> dict[str, Any]:
         def begin() -> dict[str, Any]:
             if workers < 1:
                 raise AdminError(
@@ -62,7 +62,7 @@ class PlayedController:
 
         return self._once(("scale", workers), request_id, begin)
 
-    def drain(self, worker_id: str, request_id: str) -> dict[str, Any]:
+    def drain(self, worker_id: str, request_id: str, *hold: Any) -> dict[str, Any]:
         def begin() -> dict[str, Any]:
             if worker_id not in self.workers:
                 raise AdminError("not_found", f"there is no worker {worker_id!r}: {', '.join(self.workers)} serve")
