@@ -74,7 +74,7 @@ class Members:
         self._send(
             t.WorkerStarted(
                 order.worker_id, order.process, answer.get("exchange_address", ""), answer["address"],
-                self._socket(device_of(order.worker_id)), seconds,
+                self._socket(device_of(order.worker_id)), seconds, answer.get("fetched_bytes", 0),
             )
         )  # fmt: skip
         self.follow(order.worker_id, order.process)
@@ -137,7 +137,8 @@ class Members:
     async def _commit(self, order: t.Commit) -> None:
         answer = await self._call(order.process, "commit", order.number, order.deadline_s)
         if not self._refused(order, "commit", answer, order.number):
-            self._send(t.Committed(order.worker_id, order.process, order.number, answer.get("pause_s", 0.0)))
+            told = answer.get("pause_s", 0.0), answer.get("kv_moved_bytes", 0)
+            self._send(t.Committed(order.worker_id, order.process, order.number, *told))
 
     def retire(self, order: t.Retire) -> None:
         self._order(order, "retire", self._retire(order))

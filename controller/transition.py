@@ -110,11 +110,13 @@ class Transitions:
                 self._started(event)
             case Moved(worker, process, moved_bytes):
                 part = self.losses.part(worker, process)
-                if part:
-                    part.moved_bytes = max(part.moved_bytes, moved_bytes)
+                if part and not part.done:
+                    part.moved_bytes = max(part.moved_bytes, part.settled_bytes + moved_bytes)
             case Prepared(worker, process, number, moved_bytes, seconds):
                 self._answered(worker, process, "prepare", number, moved_bytes=moved_bytes, seconds=seconds)
-            case Committed(worker, process, number, pause_s):
+            case Committed(worker, process, number, pause_s, kv_moved_bytes):
+                if (part := self.losses.part(worker, process)) and part.step == "commit":
+                    part.kv_moved_bytes = kv_moved_bytes
                 self._answered(worker, process, "commit", number, seconds=pause_s)
             case Retired(worker, process, number, freed_bytes, pause_s):
                 self._note_pause(worker, pause_s)
@@ -180,6 +182,7 @@ class Transitions:
             part.live.serve_address = event.serve_address
             part.live.manager_socket = event.manager_socket
             part.seconds["start"] = event.seconds
+            part.settle(event.moved_bytes)
             part.finish()
 
     def _note_pause(self, worker: str, pause_s: float) -> None:
@@ -194,7 +197,7 @@ class Transitions:
         if not part or not running or part.step != step or part.done or number not in (0, running.number):
             return
         part.seconds[step] = seconds
-        part.moved_bytes = max(part.moved_bytes, moved_bytes)
+        part.settle(moved_bytes)
         part.finish()
         if step == "release":
             self.state.live.pop(worker, None)

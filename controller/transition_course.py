@@ -228,9 +228,12 @@ class Course:
             del state.requests[request_id]
         del state.ended[: -self.config.max_history]
         moved = sum(part.moved_bytes for part in running.parts.values())
+        kv_moved = sum(part.kv_moved_bytes for part in running.parts.values())
         text = f"{running.asked}: {result}" + (f", {reason}" if reason else "")
         seconds = {worker: part.seconds for worker, part in running.parts.items() if part.seconds}
-        self.note("ended", text, transition=running.transition_id, moved_bytes=moved, seconds=seconds)
+        self.note(
+            "ended", text, transition=running.transition_id, moved_bytes=moved, kv_moved_bytes=kv_moved, seconds=seconds
+        )
         if running.kind == "rejoin" and result != "done":
             self._come_back(running)
         elif running.mends and (result != "done" or reason):

@@ -34,6 +34,7 @@ class Progress:
     state: str
     reason: str
     moved_bytes: int
+    kv_moved_bytes: int
     total_bytes: int
     deadline_id: str
     members: tuple[MemberProgress, ...]

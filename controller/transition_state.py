@@ -33,7 +33,8 @@ class Live:
 @dataclass(slots=True, kw_only=True)
 class Part:
     """One worker in the transition. role: "stays", "joins", "leaves", "left out". step: what it does in this phase; asked: the instruction
-    went out; done: it answered, or need not. live: its process, with addresses from WorkerStarted on; gone: that process ended."""
+    went out; done: it answered, or need not. live: its process, with addresses from WorkerStarted on; gone: that process ended. moved_bytes:
+    of experts, those of the steps that answered (settled_bytes) and what the present step has told so far."""
 
     role: str
     step: str = ""
@@ -44,6 +45,8 @@ class Part:
     attempts: int = 0
     sources: list[Source] = field(default_factory=list)
     moved_bytes: int = 0
+    settled_bytes: int = 0
+    kv_moved_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -55,6 +58,11 @@ class Part:
 
     def finish(self) -> None:
         self.done = True
+
+    def settle(self, moved_bytes: int) -> None:
+        """So much this step has moved in all."""
+        self.settled_bytes += moved_bytes
+        self.moved_bytes = self.settled_bytes
 
 
 @dataclass(slots=True, kw_only=True)
@@ -96,6 +104,7 @@ class Transition:
             state=self.state,
             reason=self.reason,
             moved_bytes=sum(part.moved_bytes for part in self.parts.values()),
+            kv_moved_bytes=sum(part.kv_moved_bytes for part in self.parts.values()),
             total_bytes=self.total_bytes,
             deadline_id=self.deadline_id,
             members=tuple(

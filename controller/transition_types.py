@@ -108,6 +108,7 @@ class WorkerStarted:
     serve_address: str
     manager_socket: str
     seconds: float = 0.0
+    moved_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,7 @@ class Committed:
     process: str
     number: int
     pause_s: float = 0.0
+    kv_moved_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from flexpert.hbm import HbmClient
 from flexpert.workers.engine import Engine, Owner
 from flexpert.workers.ep import capacity_bytes
 from flexpert.workers.epoch import Epoch, decode
-from flexpert.workers.fetch import ManagedWeights, PrivateWeights, Progress, Weights
+from flexpert.workers.fetch import Fetched, ManagedWeights, PrivateWeights, Progress, Weights
 from flexpert.workers.kv_move import KvReceiver, KvSender, door_of
 from flexpert.workers.kv_space import KvSpace
 from flexpert.workers.membership import Connect, Membership
@@ -69,6 +69,7 @@ class Parts:
     client: HbmClient | None
     vocab_size: int
     dense_bytes: int
+    fetched_bytes: int  # of experts, from peers and disk, for this start
 
     def close(self) -> None:
         """After the engine's thread has ended. Weights, KV and records stay with the manager."""
@@ -126,7 +127,7 @@ def _assemble(
         max_context_tokens=_max_context(config, servable),
     )
     if client is None or config.device != "cpu":
-        weights.fetch([DENSE, *names], config.sources, on_progress)
+        fetched = weights.fetch([DENSE, *names], config.sources, on_progress)
         times.mark("weights")
         # Between prepare and retire the experts of two epochs are on the device, each time at most all.
         group_bytes = layout.group_bytes
@@ -134,7 +135,7 @@ def _assemble(
         kv.open_private(to_come_bytes=to_come_bytes)
         scheduler = _scheduler(config, servable, kv)
     else:
-        scheduler = _fill_device(config, servable, client, weights, layout, names, kv, on_progress)
+        scheduler, fetched = _fill_device(config, servable, client, weights, layout, names, kv, on_progress)
     times.mark("memory")
     manifest, dense = weights.dense()
     bound = bind(servable, manifest, {DENSE: dense}, device=config.device)
@@ -187,6 +188,7 @@ def _assemble(
         client=client,
         vocab_size=servable.vocab_size,
         dense_bytes=layout.dense_bytes,
+        fetched_bytes=layout.group_bytes * sum(is_experts(name) for name in fetched.names),
     )
 
 
@@ -247,7 +249,7 @@ def _fill_device(
     names: Sequence[str],
     kv: KvSpace,
     on_progress: Progress | None,
-) -> Scheduler:
+) -> tuple[Scheduler, Fetched]:
     """Weights and KV on the manager's device. KV that an earlier incarnation left gives way before more experts come."""
     there = weights.segments()
     sizes = layout.segment_bytes()
@@ -269,11 +271,11 @@ def _fill_device(
     if left:
         scheduler = open_kv([name for name in wanted if name not in there])
         kv.make_room(held_bytes, scheduler, lambda function: function(), keep_tokens=1)
-    weights.fetch(wanted, config.sources, on_progress)
+    fetched = weights.fetch(wanted, config.sources, on_progress)
     if not left:
-        return open_kv(())
+        return open_kv(()), fetched
     kv.fill(held_bytes, scheduler, lambda function: function())
-    return scheduler
+    return scheduler, fetched
 
 
 def _scheduler(config: WorkerConfig, servable: ServableModel, kv: KvSpace) -> Scheduler:

@@ -87,8 +87,8 @@ class Membership:
     # Prepare
 
     def prepare(self, epoch: Epoch, sources: Sequence[Source] = (), deadline_s: float = 120.0) -> dict[str, Any]:
-        """{"moved_bytes", "loaded_bytes", "seconds": {phase: s}}. Raises MembershipError, BudgetError, ConnectError, LoadError; then
-        nothing is left of it."""
+        """{"moved_bytes", "loaded_bytes", "kv_moved_bytes", "seconds": {phase: s}}. Raises MembershipError, BudgetError, ConnectError,
+        LoadError; then nothing is left of it."""
         until_s = time.monotonic() + deadline_s
         self._orders.came(epoch.number)
         with self._orders.turn(self._lock, ends=epoch.number - 1):
@@ -181,8 +181,9 @@ class Membership:
             self._begin_to_leave(made, epoch, until_s)
             mark("kv")
         made.answer = {
-            "moved_bytes": made.fetched.moved_bytes + (made.sender.moved_bytes if made.sender else 0),
+            "moved_bytes": made.fetched.moved_bytes,
             "loaded_bytes": made.fetched.loaded_bytes,
+            "kv_moved_bytes": made.sender.moved_bytes if made.sender else 0,
             "seconds": seconds,
         }
 

@@ -191,6 +191,7 @@ class WorkerProcess:
             | {
                 "exchange_address": parts.listener.address,
                 "weights_loaded": parts.weights.loaded_from_disk,
+                "fetched_bytes": parts.fetched_bytes,
                 "weights_bytes": parts.dense_bytes + member["experts_bytes"],
                 "stats": {name: getattr(stats, name) for name in stats.__struct_fields__},
             }

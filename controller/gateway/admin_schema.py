@@ -84,8 +84,9 @@ class Transition(_Told):
     from_workers: list[str] = []
     to_workers: list[str] = []
     epoch: int | None = None
-    moved_bytes: int = 0
-    total_bytes: int = 0
+    moved_bytes: int = Field(0, description="Bytes of experts that were read from other workers' memory or from disk.")
+    total_bytes: int = Field(0, description="Bytes of experts that must be, by the plan.")
+    kv_moved_bytes: int = Field(0, description="Bytes of KV that went along with the requests of workers that left.")
     deadline_s: float | None = Field(None, description="Seconds left for this phase; then the transition is aborted.")
     reason: str = ""
     members: list[Member] = []

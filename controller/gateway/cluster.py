@@ -47,6 +47,9 @@ class ClusterFacts(Collector):
         self._moved_bytes = Counter(
             "flexpert_transition_moved_bytes", "Expert bytes moved by transitions that ended.", registry=registry
         )
+        self._kv_moved_bytes = Counter(
+            "flexpert_transition_kv_moved_bytes", "KV bytes moved by transitions that ended.", registry=registry
+        )
         self._duration = Histogram(
             "flexpert_transition_seconds", "Begin to end of a transition.", ["kind"], buckets=_JOIN_BUCKETS_S,
             registry=registry,
@@ -104,6 +107,7 @@ class ClusterFacts(Collector):
             return  # nothing was to be done
         self._transitions.labels(progress["kind"], progress["state"]).inc()
         self._moved_bytes.inc(progress.get("moved_bytes") or 0)
+        self._kv_moved_bytes.inc(progress.get("kv_moved_bytes") or 0)
         if progress.get("seconds") is not None:
             self._duration.labels(progress["kind"]).observe(progress["seconds"])
         if progress["state"] != "done":

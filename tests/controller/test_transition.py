@@ -672,6 +672,25 @@ def test_measured_load_decides_what_a_joiner_gets() -> None:
     assert [sum(rank in ranks for ranks in layer[:4]) for layer in epoch.holders for rank in (0, 1)] == [2, 2, 2, 2]
 
 
+def test_bytes_of_all_steps_of_a_worker_are_told_and_kv_apart() -> None:
+    world = serving(1)
+    world.request("scale", 2)
+    world.answer(orders(world, GiveProcess)["worker-1"])
+    start = orders(world, StartWorker)["worker-1"]
+    world.send(Moved("worker-1", start.process, 70))  # with the dense weights, that do not count
+    started = WorkerStarted("worker-1", start.process, "e", "s", "m:worker-1", moved_bytes=50)
+    world.send(started)
+    number = world.machine.progress().epoch
+    world.send(Moved("worker-1", start.process, 10))
+    assert world.machine.progress().moved_bytes == 60
+    world.send(Prepared("worker-1", start.process, number, moved_bytes=30))
+    stayer = process_of(world, "worker-0")
+    world.send(Prepared("worker-0", stayer, number))
+    world.send(Committed("worker-0", stayer, number, kv_moved_bytes=7))
+    found = world.machine.progress()
+    assert (found.moved_bytes, found.kv_moved_bytes) == (80, 7)
+
+
 def test_progress_tells_phase_members_and_bytes() -> None:
     world = serving(1)
     world.request("scale", 2)
