@@ -33,8 +33,8 @@ class Live:
 @dataclass(slots=True, kw_only=True)
 class Part:
     """One worker in the transition. role: "stays", "joins", "leaves", "left out". step: what it does in this phase; asked: the instruction
-    went out; done: it answered, or need not. live: its process, with addresses from WorkerStarted on; gone: that process ended. moved_bytes:
-    of experts, those of the steps that answered (settled_bytes) and what the present step has told so far."""
+    went out; done: it answered, or need not. live: its process, with addresses from WorkerStarted on; gone: that process ended.
+    moved_bytes: of experts, those of the steps that answered (settled_bytes) and what the present step has told so far."""
 
     role: str
     step: str = ""

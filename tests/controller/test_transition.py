@@ -684,9 +684,9 @@ def test_bytes_of_all_steps_of_a_worker_are_told_and_kv_apart() -> None:
     world.send(Moved("worker-1", start.process, 10))
     assert world.machine.progress().moved_bytes == 60
     world.send(Prepared("worker-1", start.process, number, moved_bytes=30))
-    stayer = process_of(world, "worker-0")
-    world.send(Prepared("worker-0", stayer, number))
-    world.send(Committed("worker-0", stayer, number, kv_moved_bytes=7))
+    world.processes[start.process].prepared[number] = set()
+    world.answer(orders(world, Prepare)["worker-0"])
+    world.send(Committed("worker-0", process_of(world, "worker-0"), number, kv_moved_bytes=7))
     found = world.machine.progress()
     assert (found.moved_bytes, found.kv_moved_bytes) == (80, 7)
 
