@@ -35,6 +35,10 @@ class Contact:
         reason, self._ended = self._ended or "the process ended unexpectedly (killed, or it crashed)", ""
         return None if before is None else (reason, away_s)
 
+    def lost(self, reason: str) -> None:
+        """The controller is gone, for that reason; another one will answer."""
+        self._ended = reason
+
     def unanswered(self, waited_s: float) -> str | None:
         """Nobody answered for so long. A controller that was silent for SILENT_S is ended; returns what to tell then.
 

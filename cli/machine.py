@@ -117,3 +117,9 @@ def check_port(host: str, port: int) -> None:
             "port",
             f"{host}:{port} cannot be listened on: {error.strerror}; end what holds it, or give another --port (0: any free one)",
         ) from error
+
+
+def url_of(host: str, port: int) -> str:
+    """How this machine reaches what listens there."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+    return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{port}"

@@ -13,7 +13,8 @@ import os
 import secrets
 import signal
 import time
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ log = logging.getLogger(__name__)
 WATCH_S = 0.25
 ANSWER_S = 2.0  # then it is looked whether Ray still runs
 CONTROLLER_RESTART_S = 30.0
-END_GRACE_S = 3.0
+END_GRACE_S, LEAVE_RAY_S = 3.0, 30.0  # asking a dead Ray takes its time
+MAX_RAY_LOSSES, RAY_LOSSES_S = 3, 600.0  # a private Ray that dies more often in that time is not started again
 FINISH_GRACE_S = 12.0  # beyond the drain timeout, within which the gateway itself ends what is left
 SAME_SIGNAL_S = 0.5
 GPU_STEP_TIMEOUT_S = 10.0  # a rank's first steps there load kernels
@@ -105,6 +107,9 @@ class _Up:
         self._hurry = asyncio.Event()
         self._contact = Contact()
         self._ray: Any = None
+        self._ray_lost_s: deque[float] = deque(maxlen=MAX_RAY_LOSSES)
+        self._port: int | None = None
+        self._ready = False
         self._controller: Any = None
         self._api_key: str | None = None
         self._admin_key = options.admin_key or "fxa-" + secrets.token_urlsafe(24)
@@ -203,14 +208,17 @@ class _Up:
     # While it runs
 
     async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in ENDING_SIGNALS:
-            loop.add_signal_handler(number, self._on_signal)
+        self._heed_signals()
         admin = await serve_admin(self._runtime, self._answer)
         try:
             await self._follow()
         finally:
             admin.close()
+
+    def _heed_signals(self) -> None:
+        """Again after each start of Ray, which takes SIGTERM for itself."""
+        for number in ENDING_SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
 
     def _on_signal(self) -> None:
         """The first asks for an orderly end, a later one for an end at once; some tools send the same signal twice in a row."""
@@ -225,12 +233,13 @@ class _Up:
     async def _follow(self) -> None:
         """Print what the controller tells until the cluster has ended."""
         past = read_events(self._runtime)
-        after, ready, stopping = past[-1]["sequence"] if past else 0, False, False
+        after, stopping, shown = past[-1]["sequence"] if past else 0, False, False
         while not self._hurry.is_set():
             state = await self._ask("watch", after, WATCH_S)
             if self._ray.lost:
-                await self._lost_ray()
-                return
+                if not await self._go_on_without_ray():
+                    return
+                continue
             if state is None:
                 if (told := self._contact.unanswered(ANSWER_S)) is not None:
                     self._screen.step(told)
@@ -241,19 +250,24 @@ class _Up:
             for event in state["events"]:
                 self._screen.event(event)
             if state["events"]:
-                self._write_state(port=state["port"])
+                self._port = state["port"]
+                self._write_state()
             for done_bytes, total_bytes in state["progress"].values():
                 self._screen.progress(done_bytes, total_bytes)
             if state["given_up"]:
                 raise CommandError(state["given_up"]["kind"], state["given_up"]["reason"])
             if state["stopped"]:
                 return
-            if state["ready"] and not ready:
-                ready = True
-                self._write_state(port=state["port"], ready=True)
+            if state["ready"] and not self._ready:
+                self._ready = True
+                self._write_state()
+                if shown:
+                    self._screen.step("ready again")
+                    continue
+                shown = True
                 self._screen.ready(
                     self._source,
-                    url=self._url(state["port"]),
+                    url=machine.url_of(self._spec.host, state["port"]),
                     key=self._api_key,
                     admin_key=self._admin_key,
                     status=await self._answer("status"),
@@ -266,27 +280,53 @@ class _Up:
                 await self._ask("stop")  # in each round: a controller that was restarted meanwhile does not know
         self._screen.step("ending at once")
 
-    async def _lost_ray(self) -> None:
-        """A signal to the whole process group, as from a closed terminal, ends Ray's processes too: there is nothing left to drain.
-        Where its GCS alone is gone, gateway and workers go on, and the requests that run are let finish."""
+    async def _go_on_without_ray(self) -> bool:
+        """Processes of the private Ray died. A fresh Ray takes its place, unless the end was asked for: a signal to the whole
+        process group, as from a closed terminal, ends Ray too. Raises CommandError where it dies too often."""
+        await asyncio.sleep(WATCH_S)  # one signal reaches several processes one after another
+        await self._finish_requests()
+        if self._stop_asked.is_set():
+            self._screen.step("Ray has ended too; ending at once")
+            return False
+        what, now_s = " and ".join(sorted(self._ray.lost)), time.monotonic()
+        often = len(self._ray_lost_s) == MAX_RAY_LOSSES and now_s - self._ray_lost_s[0] < RAY_LOSSES_S
+        if not self._ready or often:
+            when = "too often" if often else "before the cluster was ready"
+            raise CommandError(
+                "ray", f"Ray's {what} ended unexpectedly, {when}; see `flexpert logs up`, and start again"
+            )
+        self._ray_lost_s.append(now_s)
+        self._screen.step(f"Ray's {what} ended unexpectedly; starting a fresh Ray")
+        self._contact.lost(f"Ray's {what} ended unexpectedly")
+        await self._begin_anew()
+        return True
+
+    async def _finish_requests(self) -> None:
+        """Where Ray's GCS alone is gone, gateway and workers go on: requests that run are let finish."""
         from flexpert.controller import ray_cluster
 
-        await asyncio.sleep(WATCH_S)  # one signal reaches several processes one after another
+        if self._ray.lost != {ray_cluster.GCS}:
+            return
+        self._ray.stop_listening()
+        self._screen.step("Ray's gcs_server ended; requests that run finish first")
         finishing = asyncio.create_task(ray_cluster.call(self._controller, "finish"))
         deadline_s = time.monotonic() + self._options.drain_timeout_s + FINISH_GRACE_S
-        if self._ray.lost == {ray_cluster.GCS}:
-            self._screen.step("Ray's gcs_server ended unexpectedly; requests that run finish, then everything ends")
         while self._ray.lost == {ray_cluster.GCS} and time.monotonic() < deadline_s and not self._hurry.is_set():
             if (await asyncio.wait({finishing}, timeout=WATCH_S))[0]:
                 break
-        if finishing.done() and (error := finishing.exception()) is not None:
+        if not finishing.cancel() and (error := finishing.exception()) is not None:
             log.warning("requests could not be let finish: %r", error)
-        finishing.cancel()
-        if not self._stop_asked.is_set():
-            raise CommandError(
-                "ray", "Ray's processes ended unexpectedly; see `flexpert logs up`, and start again with `flexpert up`"
-            )
-        self._screen.step("Ray was ended by the same signal; ending at once")
+
+    async def _begin_anew(self) -> None:
+        """A fresh Ray and a controller that goes on where the last one was: same port, same keys; the HBM managers are adopted."""
+        self._ready, self._controller = False, None
+        self._write_state()
+        await asyncio.to_thread(end_all, children(ProcessId.own()), grace_s=END_GRACE_S)
+        if not await asyncio.to_thread(self._ray.shutdown, f"{self._options.name}:", wait_s=LEAVE_RAY_S):
+            raise CommandError("ray", "Ray ended unexpectedly and cannot be left; start again")
+        self._spec = replace(self._spec, port=self._port or self._spec.port)
+        self._start_ray()
+        self._heed_signals()
 
     async def _ask(self, method: str, *arguments: Any) -> dict[str, Any] | None:
         """The controller's answer; None where there is none in time, or a signal came first."""
@@ -303,6 +343,8 @@ class _Up:
         deadline_s = asyncio.get_running_loop().time() + CONTROLLER_RESTART_S
         while True:
             try:
+                if self._controller is None:  # a call would have Ray start one of its own
+                    raise ray_cluster.ActorGone("Ray is being started again")
                 return await ray_cluster.call(self._controller, method, *arguments)
             except ray_cluster.ActorGone as error:
                 log.warning("the controller does not answer: %s", error)
@@ -315,29 +357,21 @@ class _Up:
         if word != "status":
             raise ValueError(f"{word!r}: expected 'status'")
         status: dict[str, Any] = await self._call("status")
-        return {
-            **status,
-            "up": {"pid": os.getpid()},
-            "url": self._url(status.get("gateway", {}).get("port", self._spec.port)),
-        }
+        port = status.get("gateway", {}).get("port", self._spec.port)
+        return {**status, "up": {"pid": os.getpid()}, "url": machine.url_of(self._spec.host, port)}
 
-    def _url(self, port: int) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self._spec.host, self._spec.host)
-        return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{port}"
-
-    def _write_state(self, *, port: int | None = None, ready: bool = False) -> None:
+    def _write_state(self) -> None:
         """Who runs, for the other commands and for cleaning up after us."""
-        own = ProcessId.own("up")
-        temp_dir = None if self._ray is None else self._ray.temp_dir
+        own, temp_dir = ProcessId.own("up"), None if self._ray is None else self._ray.temp_dir
         state = {
             "up": own.to_json(),
             "processes": [process.to_json() for process in children(own)],
             "ray_address": os.environ.get("RAY_ADDRESS") or None,
             "ray_temp_dir": None if temp_dir is None else str(temp_dir),
-            "url": None if port is None else self._url(port),
+            "url": None if self._port is None else machine.url_of(self._spec.host, self._port),
             "api_key": self._api_key,
             "admin_key": self._admin_key,
-            "ready": ready,
+            "ready": self._ready,
         }
         try:
             write_json(self._runtime.state, state)
@@ -353,8 +387,7 @@ class _Up:
         for number in ENDING_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         self._screen.end_progress()
-        started = self._ray is not None
-        if started:
+        if started := self._ray is not None:
             self._ray.shutdown(f"{self._options.name}:")
         end_all(children(ProcessId.own()), grace_s=END_GRACE_S)
         for line in clean_up(self._runtime, stop_manager=True):

@@ -99,25 +99,41 @@ class RayCluster:
         they go on, and those that have a handle still reach each other, but none can be found, made or ended."""
         return {process.name for process in self.processes if process.name in (RAYLET, GCS) and not process.alive}
 
-    def shutdown(self, actors: str) -> None:
+    def shutdown(self, actors: str, *, wait_s: float | None = None) -> bool:
         """Leave the cluster; a private one ends, and its files go. In one that was joined, actors named so are ended first.
 
-        Returns within END_S also where Ray is dying, as when the same signal reached its processes: their pids are the caller's to end.
+        Returns within wait_s (END_S) also where Ray is dying, as when the same signal reached its processes: their pids are the caller's to
+        end. False where it could not be left in order: then this process can start no other.
         """
         leaving = threading.Thread(target=self._leave, args=(actors,), daemon=True)
         leaving.start()
-        leaving.join(END_S if self.alive else DEAD_RAY_S)
+        leaving.join(wait_s or (END_S if self.alive else DEAD_RAY_S))
+        left = not leaving.is_alive() and not ray.is_initialized()
         if leaving.is_alive():
             log.warning("Ray does not answer; leaving without its consent")
             atexit.unregister(ray.shutdown)  # it would wait for the dead at the end of this process
         if self.temp_dir is not None:
             shutil.rmtree(self.temp_dir, ignore_errors=True)
+        return left
 
     def _leave(self, actors: str) -> None:
         if self.temp_dir is None:
             kill_actors(actors)
             remove_placement(f"{actors}devices")
-        ray.shutdown()
+        for _ in range(2):  # it may break off where Ray's processes are gone, and gets further the next time
+            try:
+                ray.shutdown()
+            except Exception:
+                log.exception("Ray could not be left in order")
+            if not ray.is_initialized():
+                return
+
+    def stop_listening(self) -> None:
+        """A thread of Ray's asks the GCS for errors to print, and takes a whole core for that where there is none any more."""
+        try:
+            ray._private.worker.global_worker.threads_stopped.set()
+        except AttributeError:
+            log.warning("this version of Ray may be busy without its GCS")
 
 
 def _check_reachable(address: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from flexpert.cli.contact import SILENT_S, Contact
+from flexpert.cli.errors import CommandError
 from flexpert.cli.screen import Screen
 from flexpert.cli.up import UpOptions, _Up
 from flexpert.controller import ray_cluster
@@ -49,7 +50,7 @@ async def test_controller_restarted_while_draining_is_asked_to_stop_again(
     controller, out = PlayedController(), io.StringIO()
     monkeypatch.setattr(ray_cluster, "call", controller.call)
     up = _Up(UpOptions(), make("default"), Screen(out))
-    up._ray = SimpleNamespace(lost=set())
+    up._ray, up._controller = SimpleNamespace(lost=set()), object()
     up._stop_asked.set()
     await asyncio.wait_for(up._follow(), 20)
     assert (controller.restarted, controller.stops) == (True, 2)
@@ -91,7 +92,7 @@ async def test_controller_that_is_stopped_is_ended_and_its_replacement_told(
             controller = SilentController(stopped)
             monkeypatch.setattr(ray_cluster, "call", controller.call)
             up = _Up(UpOptions(), make("default"), Screen(out))
-            up._ray = SimpleNamespace(lost=set())
+            up._ray, up._controller = SimpleNamespace(lost=set()), object()
             await asyncio.wait_for(up._follow(), 20)
         finally:
             stopped.kill()
@@ -110,3 +111,31 @@ def test_controller_that_answers_in_between_is_let_live() -> None:
             assert slow.poll() is None
         finally:
             slow.kill()
+
+
+@pytest.mark.parametrize(
+    ("ready", "losses", "words"), [(False, 0, "raylet ended unexpectedly, before"), (True, 3, "too often")]
+)
+async def test_ray_that_dies_early_or_often_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: bool, losses: int, words: str
+) -> None:
+    monkeypatch.setenv("FLEXPERT_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr("flexpert.controller.runtime_dir.MAX_SOCKET_PATH_BYTES", 1000)
+    monkeypatch.setattr("flexpert.cli.up.WATCH_S", 0)
+    up = _Up(UpOptions(), make("default"), Screen(io.StringIO()))
+    begun: list[int] = []
+
+    async def begin_anew() -> None:
+        begun.append(1)
+
+    monkeypatch.setattr(up, "_begin_anew", begin_anew)
+    up._ray = SimpleNamespace(lost={"raylet"})
+    up._ready = True
+    for _ in range(losses):
+        assert await up._go_on_without_ray()
+    up._ready = ready
+    with pytest.raises(CommandError, match=words):
+        await up._go_on_without_ray()
+    assert len(begun) == losses
+    up._stop_asked.set()
+    assert not await up._go_on_without_ray()
