@@ -1,7 +1,7 @@
 """The report of a load test: one HTML page with every figure of the result, and latency over time beside what the server did.
 
-render_report(result) -> str; write_report(result, path). Nothing is computed anew: figures are those of measure.RunResult. Needs matplotlib
-(`pip install flexpert[report]`), else PlotError. Called by `flexpert loadtest --report`.
+render_report(result) -> str; write_report(result, path). Figures are those of measure.RunResult; only the timeline is made anew where its
+steps hold too few requests. Needs matplotlib (`pip install flexpert[report]`), else PlotError. Called by `flexpert loadtest --report`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from flexpert.loadtest import aligned, page, plots
 from flexpert.loadtest.aligned import Change
 from flexpert.loadtest.measure import Interval, Outcome, Quantiles, RunResult, Summary
 from flexpert.loadtest.plots import Line, Mark, Panel
+from flexpert.loadtest.summary import timeline
 
 __all__ = ["render_report", "write_report"]
 
 MOST_ROWS = 200  # of a table of events
 TAIL_POINTS = 400
+LEAST_SENT = 10  # requests of one step of the timeline, on average
+LEAST_STEPS = 30
 
 
 def write_report(result: RunResult, path: Path) -> None:
@@ -102,8 +105,18 @@ def _value(metric: str, value: float | None) -> str:
     return page.share(value) if metric in ("attainment", "error_rate") else page.count(value)
 
 
-def _over_time(result: RunResult, found: Sequence[Change]) -> list[str]:
+def _rows(result: RunResult) -> list[Interval]:
+    """The timeline, in longer steps where its own would hold too few requests to tell a percentile of."""
     rows = result.timeline
+    sent = sum(row.sent for row in rows)
+    while len(rows) >= 2 * LEAST_STEPS and sent < LEAST_SENT * len(rows):
+        length_s = rows[-1].from_s + rows[-1].seconds
+        rows = timeline(result.outcomes, length_s=length_s, limits=result.objectives, step_s=2 * rows[0].seconds)
+    return rows
+
+
+def _over_time(result: RunResult, found: Sequence[Change]) -> list[str]:
+    rows = _rows(result)
     if not rows:
         return ["<p>Nothing was sent.</p>"]
     span_s = max(rows[-1].from_s + rows[-1].seconds, 1e-3)
@@ -317,6 +330,8 @@ def _meanings(result: RunResult) -> list[str]:
         "<p>Every time counts from when the schedule wanted a request sent, so a server or a generator that falls behind cannot hide it. "
         "TTFT: to the first token. TPOT: (last token - first token) / (output tokens - 1). E2E: to the last byte. Attainment: requests "
         "that met every objective, of all that were sent; failures, refusals and time-outs count as missed. Goodput: those a second.</p>",
+        "<p>The percentile of an objective is over all requests sent, a failed one counted as endlessly late, and is always the time of some "
+        "request: it can lie above the percentile of the table, which is of the answered ones and between two neighbours.</p>",
         f"<p>Schedule lag is how late the generator itself was: p99 {page.seconds(result.lag.quantiles_s.p99)}, "
         f"and above {page.seconds(result.lag.limit_s)} the run is called degraded.</p>",
     ]

@@ -11,6 +11,7 @@ import pytest
 from flexpert.loadtest import aligned, page, plots
 from flexpert.loadtest.measure import Interval, Lag, Outcome, Quantiles, RunResult, ServerEvent, Summary, Verdict
 from flexpert.loadtest.report import render_report, write_report
+from flexpert.loadtest.summary import timeline
 
 from .html_page import Page, assert_stands_alone
 
@@ -162,6 +163,16 @@ def test_missing_matplotlib_is_told_before_anything_is_written(tmp_path: Path, m
 
     assert str(told.value) == "plots need matplotlib, which is not installed: pip install flexpert[report]"
     assert not (tmp_path / "out.html").exists()
+
+
+def test_sparse_run_is_drawn_in_longer_steps() -> None:
+    result = run_result()
+    result.timeline = timeline(result.outcomes, length_s=60.0, limits=result.objectives, step_s=0.2)
+    result.events = []
+
+    found = Page(render_report(result))
+
+    assert "Steps of 1.6 s;" in found.text, "some 3 requests, and at least 30 steps"
 
 
 # --- what the server did -----------------------------------------------------------------------------------------------------------------
