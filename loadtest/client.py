@@ -8,6 +8,7 @@ stamped when the loop hands it over. Nothing is retried but a request on a kept 
 from __future__ import annotations
 
 import asyncio
+import errno
 import ssl
 import time
 from collections.abc import Callable
@@ -352,7 +353,7 @@ class Client:
 
 def _why(error: Exception) -> str:
     """ "Connection refused" rather than three lines of addresses."""
-    if isinstance(error, ConnectionRefusedError):
+    if isinstance(error, ConnectionRefusedError) or f"Errno {errno.ECONNREFUSED}" in str(error):
         return "connection refused; nothing listens there"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return str(text)

@@ -5,7 +5,6 @@ Drawing takes time from the loop that sends, so it is done rarely, and ever more
 
 from __future__ import annotations
 
-import gc
 import time
 
 from rich.console import Console
@@ -36,7 +35,6 @@ class LiveView:
         if now_s < self._next_s or now_s < 0:
             return
         began_s = time.perf_counter()
-        gc.collect(1)  # the run keeps the collector off; what is young is cheap
         if self._console.is_terminal:
             table = self._table(recorder, now_s, in_flight)
             if self._live is None:

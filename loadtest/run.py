@@ -76,7 +76,7 @@ class OpenLoop:
         self._client, self._template, self._recorder = client, template, recorder
         self._later: dict[str, deque[tuple[int, Arrival]]] = {}  # sessions in flight -> their next turns
         self.held = 0  # turns that waited for the one before
-        self.planned = 0
+        self._made = 0
 
     async def run(self, schedule: Iterable[Arrival], stop: asyncio.Event) -> None:
         """Until the schedule's end or stop; answers may still be on their way then."""
@@ -96,7 +96,7 @@ class OpenLoop:
                 made = self._make(coming)
                 if made is not None:
                     ahead.append(made)
-                    if self.planned % AT_ONCE == 0:
+                    if self._made % AT_ONCE == 0:
                         await asyncio.sleep(0)
                     continue
                 if not ahead:
@@ -109,7 +109,7 @@ class OpenLoop:
         index, arrival = next(coming, (0, None))
         if arrival is None:
             return None
-        self.planned += 1
+        self._made += 1
         content = self._client.request(self._template.path, self._template.body(arrival, index))
         return index, arrival, content
 

@@ -120,16 +120,14 @@ def summarise(
     )
 
 
-def lag_of(outcomes: Sequence[Outcome], *, limit_s: float, planned_missing: int = 0, shortage: str = "") -> Lag:
-    """planned_missing: requests of the schedule that were never sent. shortage: what this machine lacked, if anything."""
+def lag_of(outcomes: Sequence[Outcome], *, limit_s: float, shortage: str = "") -> Lag:
+    """shortage: what this machine lacked, if anything."""
     found = quantiles(outcome.lag_s for outcome in outcomes)
     why = []
     if found.p99 is not None and found.p99 > limit_s:
         why.append(
             f"p99 of the schedule lag is {found.p99 * 1e3:.1f} ms, above {limit_s * 1e3:g} ms: the generator did not keep up"
         )
-    if planned_missing:
-        why.append(f"{planned_missing} requests of the schedule were not sent")
     if shortage:
         why.append(shortage)
     return Lag(found, limit_s, bool(why), "; ".join(why))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import time
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tests.loadtest.stub_thread import always, every, load, mix
 
 from flexpert.loadtest.conduct import LoadTest, conduct
+from flexpert.loadtest.live import LiveView
 from flexpert.loadtest.preflight import Unusable
-from flexpert.loadtest.run import Users
+from flexpert.loadtest.run import Recorder, Users
 from flexpert.loadtest.schedule import Arrival
 from flexpert.loadtest.stub import Reply, StubServer
 from flexpert.loadtest.target import parse_url
@@ -225,6 +228,31 @@ async def test_stopped_run_reports_what_it_has() -> None:
     assert result.whole.ends["ok"] == 5 and result.whole.ends["unfinished"] == result.whole.sent - 5 > 5
     assert result.notes[0].startswith("stopped after")
     assert result.whole.requests_per_s > 5, "per second of what was run, not of what was planned"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+async def test_live_view_shows_running_percentiles_and_the_last_error(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    view = LiveView(Console(file=out, force_terminal=terminal, width=120), duration_s=0.4)
+    stub = StubServer(behaviour=lambda number, fields: Reply(fault="error" if number == LOOKS else ""))
+    seen: list[Recorder] = []
+    test = LoadTest(
+        target=parse_url(await stub.start()), words="", duration_s=0.4, schedule=lambda: iter(every(0.01, 40))
+    )
+
+    def tick(recorder: Recorder, now_s: float, in_flight: int) -> None:
+        seen.append(recorder)
+        view.update(recorder, now_s, in_flight=in_flight)
+
+    await conduct(test, tick=tick)
+    view.update(seen[-1], 1000.0, in_flight=0)
+    view.close()
+    await stub.stop()
+
+    for text in ("ttft", "tpot", "p99", "in flight", "HTTP 500: made to fail"):
+        assert text in out.getvalue(), out.getvalue()
 
 
 @pytest.mark.parametrize(
