@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from flexpert.controller.policy.signals_math import Scene, fault_of
+from flexpert.controller.policy.signals_math import MOST_LOAD, Scene, fault_of
 from flexpert.controller.policy.types import Proposal
 
 
@@ -87,6 +87,7 @@ def forecast_floor(scene: Scene) -> tuple[int, list[Proposal]]:
                 Proposal(signal=signal.name, wanted=None, why=why + "; what a worker takes is not measured yet")
             )
             continue
+        load = min(load, MOST_LOAD)
         wanted = math.ceil(load - 1e-9)
         floor = max(floor, wanted)
         said.append(Proposal(signal=signal.name, wanted=wanted, why=why, load=round(load, 6)))

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 from flexpert.controller.policy.behavior import without
 from flexpert.controller.policy.horizon import with_join
-from flexpert.controller.policy.signals_math import View, age_fault
+from flexpert.controller.policy.signals_math import STRAINED_TICKS, View, age_fault
 from flexpert.controller.policy.types import EndedTransition, Observation, PolicyConfig, State
 
 RETRY_S = 60.0  # after the first failed growth; doubles with each
 LONGEST_RETRY_S = 900.0
-STRAINED_TICKS = 3  # so long must most workers have more than they can do, before their speed counts as their capacity
 LEARN_SHARE = 0.3
+LEAST_SPEED = 0.01  # tokens/s: less is no measurement
 
 
 def follow(observation: Observation, view: View, state: State, config: PolicyConfig) -> State:
@@ -82,7 +82,7 @@ def learn(observation: Observation, view: View, state: State, config: PolicyConf
 
 
 def _capacity(known: float | None, speed: float, *, strained: bool) -> float | None:
-    if speed <= 0.0:
+    if speed < LEAST_SPEED:
         return known
     if known is None:
         return speed if strained else None

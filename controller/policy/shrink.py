@@ -12,6 +12,9 @@ from flexpert.controller.policy.case import Case, Verdict
 from flexpert.controller.policy.consolidation import costs_more, refusal
 from flexpert.controller.policy.reasons import Reason
 
+NOISE = 2.0  # standard deviations
+MOST_NOISE = 0.5
+
 
 def blind(case: Case) -> Verdict | None:
     if not case.fault:
@@ -68,7 +71,7 @@ def _steady(case: Case, wanted: int, floor: int) -> Verdict:
     peak = max(state.peaks[0].value if state.peaks else 0.0, case.load or 0.0)
     steady = max(math.ceil(peak / config.consolidation_margin - 1e-9), floor)
     why = f"the peak of {config.down.stabilization_s:g} s was {peak:.2f} workers"
-    if steady < state.sized_workers and peak > state.sized_load * (1.0 - config.down.tolerance):
+    if steady < state.sized_workers and peak > state.sized_load * (1.0 - noise(case)):
         steady = state.sized_workers
         why = f"{state.sized_workers} were chosen for a load of {state.sized_load:.2f}, and {peak:.2f} is no less"
     case.reject("scaleDown.stabilizationWindow", wanted, min(steady, case.now), why)
@@ -76,6 +79,12 @@ def _steady(case: Case, wanted: int, floor: int) -> Verdict:
         text = f"{wanted} workers would do at this moment; {why}"
         return Verdict(target=case.now, reason=Reason.SCALE_DOWN_STABILIZING, text=text)
     return _survivable(case, steady, peak)
+
+
+def noise(case: Case) -> float:
+    """The share by which a load may fall without anything having changed: two standard deviations of a Poisson number of requests."""
+    by_chance = NOISE / math.sqrt(max(case.scene.view.live, 1.0))
+    return min(max(case.scene.config.down.tolerance, by_chance), MOST_NOISE)
 
 
 def _survivable(case: Case, steady: int, peak: float) -> Verdict:

@@ -26,9 +26,12 @@ MOST_GROWTH = 2.0  # of a size, where only a latency says that it is too small
 TRIAL_SHARE = 0.25  # of the workers, the most that go because latencies are low
 TRIAL_PAUSE_S = 3600.0  # the next such trial at the same traffic
 TRIAL_DEMAND = 0.8  # or when the traffic has fallen to this share
+STRAINED_TICKS = 3  # so long must most workers have more than they can do, before their speed counts as their capacity
 DRAIN_S = 15.0  # in which a backlog of prompts should be gone
+MOST_LOAD = 1e6  # workers; beyond, a signal is out of order, and the bounds hold it anyway
 FULL = 0.95  # of the KV
 WORK = (("kv_utilization", "worker"), ("prometheus", "worker"))  # loads that do not depend on the workers
+QUEUED, QUEUED_STEP = 0.2, 0.8  # of the targets of ttft and tpot: below, requests do not hold each other up
 LEAST_REQUESTS = 5  # below that many ended requests a share says nothing
 
 
@@ -206,6 +209,8 @@ def fault_of(signal: SignalConfig, scene: Scene) -> tuple[str, str]:
         fault = "missing" if scene.view.oldest_s is None else "stale"
         return fault, f"{scene.view.silent} of {scene.now} workers: " + _silence(fault, scene.view.oldest_s)
     reading = scene.observation.readings.get(signal.name, Reading())
+    if reading.value is not None and not math.isfinite(reading.value):
+        return "missing", f"{reading.value} is no number"
     known = reading.value is not None or signal.type in ("schedule", "forecast")
     fault = age_fault(reading.age_s, stale_s) if known and not reading.error else "missing"
     return fault, reading.error or ("" if not fault else _silence(fault, reading.age_s))
@@ -227,6 +232,7 @@ def propose(signal: SignalConfig, scene: Scene) -> Proposal:
         "tokens_per_second": tokens_load,
         "prometheus": prometheus_load,
     }[signal.type](signal, scene)
+    load = min(load, MOST_LOAD)
     return Proposal(signal=signal.name, wanted=math.ceil(load - 1e-9), why=why, load=round(load, 6))
 
 
@@ -290,8 +296,8 @@ def slo_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
     worst = max((found / target for _, found, target in ratios), default=0.0)
     missed = ended >= LEAST_REQUESTS and attainment < slo.attainment
     if (worst > 1.0 or missed) and _counts(scene):
-        if scene.view.live <= scene.now:
-            return float(scene.now), f"{words}; a worker has at most one request: more would not help"
+        if not _contended(scene):
+            return float(scene.now), f"{words}; but nobody waits and steps are fast: more workers would not help"
         return _strained(scene, max(worst, 1.0)), words
     if not ended and scene.view.waiting:
         return float(scene.now), f"{words}, {scene.view.waiting:.0f} wait"
@@ -300,13 +306,25 @@ def slo_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
 
 
 def backlog_s(scene: Scene) -> float:
-    """How long the prompts that wait now need until they are computed."""
+    """How long the prompts that wait now need until they are computed; 0 while nobody knows how fast a worker can be."""
     view, traffic = scene.view, scene.traffic
     tokens = view.waiting_tokens
     if not tokens and view.waiting and traffic.requests_per_s > 0:
         tokens = view.waiting * traffic.prompt_tokens_per_s / traffic.requests_per_s
-    speed = max(view.prefill, scene.now * (scene.state.prefill_capacity or 0.0))
+    speed = scene.now * (scene.state.prefill_capacity or 0.0)
+    if not speed and scene.state.strained_ticks >= STRAINED_TICKS - 1:
+        speed = view.prefill  # most have had more than they can do for two ticks: this is how fast they are
     return tokens / speed if tokens and speed else 0.0
+
+
+def _contended(scene: Scene) -> bool:
+    """Requests wait for each other: in a queue, or for a turn in a batch. What is slow all the same is slow on its own."""
+    slo, traffic = scene.config.slo, scene.traffic
+    if slo is None or scene.view.live <= scene.now:
+        return False
+    queued = traffic.queue_s is not None and slo.ttft_s is not None and traffic.queue_s > QUEUED * slo.ttft_s
+    slow = traffic.tpot_s is not None and slo.tpot_s is not None and traffic.tpot_s > QUEUED_STEP * slo.tpot_s
+    return queued or slow or scene.view.waiting_workers * 2 >= max(scene.view.fresh, 1)
 
 
 def _counts(scene: Scene) -> bool:
@@ -356,5 +374,5 @@ def work_load(proposals: Sequence[Proposal], scene: Scene) -> float | None:
         and scene.token_load is not None
         and not age_fault(scene.traffic.age_s, scene.config.fallback.after_s)
     ):
-        found.append(scene.token_load)
+        found.append(min(scene.token_load, MOST_LOAD))
     return max(found, default=None)
