@@ -1,0 +1,43 @@
+"""`flexpert profile`: measures what a worker of a model can do on this machine, as a file for `flexpert simulate`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from flexpert.cli.errors import CommandError
+
+__all__ = ["run_profile"]
+
+
+def run_profile(
+    *, model: str | None, name: str, device: str, dtype: str | None, memory_bytes: int, max_running: int, max_batch_tokens: int,
+    max_context_tokens: int | None, out: Path, repeats: int, say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Raises CommandError. Starts itself again with a worker's environment (threads), as a cluster would start it."""
+    import msgspec
+
+    from flexpert.cli.model_source import resolve_model
+    from flexpert.simulator.fit import MeasureError
+    from flexpert.simulator.measure import ProfileRequest, measure
+    from flexpert.workers.threads import worker_environment
+
+    if not out.resolve().parent.is_dir():
+        raise CommandError("directory", f"--out {out}: there is no folder {out.resolve().parent}")
+    wanted = worker_environment(threads=len(os.sched_getaffinity(0)))
+    if any(os.environ.get(key) != value for key, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, "-m", "flexpert.cli", *sys.argv[1:]], os.environ | wanted)
+    found = resolve_model(model)
+    try:
+        profile = measure(
+            ProfileRequest(
+                name=name, model_dir=found.directory, device=device, dtype=dtype, memory_bytes=memory_bytes, max_running=max_running,
+                max_batch_tokens=max_batch_tokens, max_context_tokens=max_context_tokens, repeats=repeats,
+            ),
+            say=say,
+        )  # fmt: skip
+    except MeasureError as error:
+        raise CommandError("model", str(error)) from error
+    out.write_bytes(msgspec.json.format(msgspec.json.encode(profile)) + b"\n")

@@ -1,0 +1,146 @@
+"""What a policy is compared with on one load: fixed sizes, other autoscalers, and an oracle that knows the load.
+
+Each is given its best: the static peak is the smallest fixed size that holds the SLO; the autoscalers' one number is tuned on another load
+(the first half of the trace) where there is one; the oracle searches for the smallest size of each window by simulating again and again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from flexpert.simulator.load import Load
+from flexpert.simulator.results import SimulationResult
+from flexpert.simulator.runner import Setting, simulate
+from flexpert.simulator.scalers import Fixed, Hpa, Kpa, RayServe, Scaler, Scheduled
+from flexpert.simulator.sizing import begin_with
+
+__all__ = ["BASELINES", "FAMILIES", "Family", "beats", "oracle", "play", "static_peak", "tune"]
+
+GOOD = 0.99  # of the static peak's attainment: what still counts as holding the SLO
+SHARES = (0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)  # of a batch, tried as an autoscaler's target
+UNTUNED = 0.7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """An autoscaler but for its target, which is a share of a worker's batch."""
+
+    name: str
+    make: Callable[[float, Setting, int], Scaler]
+
+
+FAMILIES = (
+    Family(name="hpa", make=lambda share, setting, standby: Hpa(
+        low=1, high=setting.devices, target=share, standby=standby
+    )),
+    Family(name="kpa", make=lambda share, setting, standby: Kpa(
+        low=1, high=setting.devices, concurrency=round(share * setting.profile.max_running / 0.7, 1), standby=standby
+    )),
+    Family(name="ray-serve", make=lambda share, setting, standby: RayServe(
+        low=1, high=setting.devices, target=round(share * setting.profile.max_running, 1), standby=standby
+    )),
+)  # fmt: skip
+BASELINES = ("static-peak", *(family.name for family in FAMILIES), "oracle")
+
+
+def play(load: Load, scaler: Scaler, setting: Setting) -> SimulationResult:
+    """`simulate` with the size at the begin that the load's first minutes need; that of a fixed one is its own."""
+    if scaler.kind == "baseline" and isinstance(scaler, Fixed):
+        return simulate(load, scaler, replace(setting, workers=scaler.low))
+    begin = begin_with(load, setting.profile, setting.slo, most=setting.devices)
+    return simulate(load, scaler, replace(setting, workers=begin))
+
+
+def static_peak(load: Load, setting: Setting) -> SimulationResult:
+    """The smallest fixed size that holds the SLO over the whole load, or all devices."""
+    low, high = 1, setting.devices
+    found: dict[int, SimulationResult] = {}
+
+    def holds(size: int) -> bool:
+        found[size] = simulate(load, Fixed(size), replace(setting, workers=size))
+        return found[size].attainment >= setting.slo.attainment
+
+    size = min(high, begin_with(load, setting.profile, setting.slo, most=high))
+    while low < high:
+        if holds(size):
+            high = size
+            size = max(low, size * 3 // 4) if size * 3 // 4 > low else (low + high) // 2
+        else:
+            low = size + 1
+            size = min(high, -(-size * 4 // 3)) if -(-size * 4 // 3) < high else (low + high) // 2
+    result = found.get(low) or simulate(load, Fixed(low), replace(setting, workers=low))
+    return replace(result, name=f"static-peak-{low}")
+
+
+def beats(result: SimulationResult, other: SimulationResult, *, wanted: float) -> bool:
+    """Cheaper among those that attain `wanted`; below that, attaining more."""
+    if min(result.attainment, other.attainment) >= wanted:
+        return result.device_hours < other.device_hours
+    return result.attainment > other.attainment
+
+
+def tune(load: Load, setting: Setting, family: Family, *, standby: int, wanted: float) -> float:
+    """The best target for this load, as a share of a batch."""
+    best: tuple[float, SimulationResult] | None = None
+    for share in SHARES:
+        result = play(load, family.make(share, setting, standby), setting)
+        if best is None or beats(result, best[1], wanted=wanted):
+            best = share, result
+    assert best is not None
+    return best[0]
+
+
+def oracle(load: Load, setting: Setting, peak: SimulationResult, *, window_s: float = 0.0) -> SimulationResult:
+    """The fewest workers in each window with which the requests that arrive in it attain what they do at the static peak, or the SLO.
+
+    Found by taking workers away where that does no harm, from the peak on, in smaller and smaller steps; joins are ordered ahead by as long
+    as 95% of them take. A bound in practice, not in theory: a search that sees the future can end a worker above the best.
+    """
+    profile = setting.profile
+    ahead_s = profile.join_cold.p95_s + profile.experts * profile.layers * profile.slab_bytes / profile.move_bytes_per_s
+    window_s = window_s or max(60.0, 3 * ahead_s, load.span_s / 240)
+    setting = replace(setting, timeline_s=window_s)
+    count = len(peak.timeline.at_s) if peak.timeline.interval_s == window_s else -(-int(load.span_s) // int(window_s))
+    size = peak.peak_workers
+
+    def played(sizes: Sequence[int]) -> SimulationResult:
+        starts = [0.0]
+        for number, (before, after) in enumerate(pairwise(sizes), start=1):
+            starts.append(number * window_s - (ahead_s if after > before else 0.0))
+        clock = Scheduled("oracle", start_s=setting.start_s, starts_s=starts, sizes=sizes)
+        return simulate(load, clock, replace(setting, workers=sizes[0]))
+
+    sizes = [size] * max(1, count)
+    good = played(sizes)
+    least = [min(setting.slo.attainment, share) for share in _shares(good)]
+    step = max(1, size // 2)
+    settled: set[int] = set()
+    for _ in range(40):
+        trial = [max(1, each - step) if window not in settled else each for window, each in enumerate(sizes)]
+        if trial != sizes:
+            result = played(trial)
+            harmed = {window for window, share in enumerate(_shares(result)) if share < least[window]}
+            # What a window misses may come from the one before it, whose requests are still there.
+            harmed |= {window - 1 for window in harmed if window}
+            if not harmed and result.attainment >= GOOD * good.attainment:
+                sizes, good = trial, result
+                continue
+            repaired = [sizes[window] if window in harmed else each for window, each in enumerate(trial)]
+            result = played(repaired)
+            still = [window for window, share in enumerate(_shares(result)) if share < least[window]]
+            if not still and result.device_hours < good.device_hours:
+                sizes, good = repaired, result
+            settled |= harmed | set(still)
+        if len(settled) == len(sizes) or trial == sizes:
+            if step == 1:
+                break
+            step, settled = step // 2, set()
+    return good
+
+
+def _shares(result: SimulationResult) -> list[float]:
+    """Attainment by the window of arrival; 1 where nothing arrived."""
+    timeline = result.timeline
+    return [met / all_ if all_ else 1.0 for met, all_ in zip(timeline.arrived_met, timeline.arrivals, strict=True)]
