@@ -37,6 +37,7 @@ class Page(HTMLParser):
     def _begin(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append(tag)
         for name, value in attrs:
+            assert "://" not in (value or ""), f"{tag} names an address in {name}"
             assert not name.startswith("on"), f"{tag} runs a script: {name}"
             if name == "id":
                 self.ids.append(value or "")
@@ -54,6 +55,12 @@ class Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]}, line {self.getpos()[0]}"
         self.open.pop()
+
+    def handle_decl(self, decl: str) -> None:
+        assert decl == "DOCTYPE html", f"a second document: {decl}"
+
+    def handle_pi(self, data: str) -> None:
+        raise AssertionError(f"no HTML: <?{data}>")
 
     def handle_data(self, data: str) -> None:
         if "style" in self.open:
