@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from flexpert.controller.autoscaler.dry_run import NothingRecorded, dry_run
-from flexpert.controller.autoscaler.loop import Autoscaler, request_id
+from flexpert.controller.autoscaler.loop import Autoscaler, one_line, request_id
 from flexpert.controller.autoscaler.override import HOLD_S, LONGEST_S, MODES
 from flexpert.controller.autoscaler.schedule import read_schedule
 from flexpert.controller.autoscaler.source import UnusablePolicy, read_policy
@@ -108,7 +108,11 @@ class PolicyDesk:
                 change = source.put(text, origin=owner)
             except UnusablePolicy as error:
                 kept = "; the policy that was in use stays" if self._autoscaler.policy else ""
-                self._tell("policy", f"a policy of {owner} cannot be used: {error}{kept}", failure_kind="settings")
+                self._tell(
+                    "policy",
+                    f"a policy of {owner} cannot be used: {one_line(str(error))}{kept}",
+                    failure_kind="settings",
+                )
                 raise AdminError("invalid", f"{error}{kept}") from error
             self._autoscaler.changed(change)
         self._autoscaler.begin()
@@ -173,8 +177,10 @@ class PolicyDesk:
         return progress
 
     def _holds(self) -> bool:
-        policy = self._autoscaler.policy
-        return policy is not None and self._autoscaler.mode(policy.to_config(), self._autoscaler.clock()) == "Active"
+        """Whether a policy would have a say, if not now then as soon as it has the lease."""
+        autoscaler = self._autoscaler
+        policy = autoscaler.policy
+        return policy is not None and autoscaler.controls.effective(policy.spec.mode, autoscaler.clock()) == "Active"
 
     def _check_bounds(self, workers: int) -> None:
         policy, now_s = self._autoscaler.policy, self._autoscaler.clock()

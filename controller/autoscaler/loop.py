@@ -302,7 +302,9 @@ class Autoscaler:
                 if self.policy
                 else "; no policy is in use"
             )
-            self._cluster.tell("policy", f"the policy cannot be used: {change.text}{kept}", failure_kind="settings")
+            self._cluster.tell(
+                "policy", f"the policy cannot be used: {one_line(change.text)}{kept}", failure_kind="settings"
+            )
             return
         self._use(change.policy)
         workers = change.policy.spec.workers
@@ -351,6 +353,11 @@ class Autoscaler:
             log.exception("the autoscaler's state cannot be read; it begins without history")
         self._observer = Observer(restarted_at_s=self.clock(), saved=found.get("observer"))
         self.source.restore(found.get("source"))
+
+
+def one_line(problems: str) -> str:
+    """For events: each is a line."""
+    return "; ".join(problems.splitlines())
 
 
 def request_id(decision_id: str) -> str:
