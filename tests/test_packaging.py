@@ -79,9 +79,7 @@ def test_every_folder_is_linked_into_the_import_package(repository: Path) -> Non
     assert links == {name: f"../../{name}" for name in folders}
 
 
-def test_wheel_holds_every_module_and_the_data_files(
-    dist: Path, repository: Path, source_files: list[Path]
-) -> None:
+def test_wheel_holds_every_module_and_the_data_files(dist: Path, repository: Path, source_files: list[Path]) -> None:
     (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         members = archive.infolist()
