@@ -9,13 +9,10 @@ import argparse
 import datetime
 import gc
 import statistics
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import saved_run
 
@@ -52,7 +49,7 @@ def seen(now_s: float, count: int, share: float) -> Observation:
     workers = tuple(
         WorkerReading(
             worker_id=f"worker-{index}",
-            age_s=0.5 if index else None,
+            age_s=0.5 if index or count == 1 else None,
             running=int(30 * share),
             kv_used_tokens=int(100_000 * 0.8 * share),
             kv_capacity_tokens=100_000,

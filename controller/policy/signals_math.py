@@ -21,8 +21,10 @@ from flexpert.controller.policy.types import (
     TrafficReading,
 )
 
-UTILISATION = 0.8  # of a measured capacity: beyond, queues grow faster than the load
+UTILISATION = 0.85  # of a measured capacity: beyond, queues grow faster than the load
+KV_TARGET = 0.8  # of a kv_utilization without one
 MOST_GROWTH = 2.0  # of a size, where only a latency says that it is too small
+MOST_CROWD = 4.0  # of a size, where that many requests wait for each that runs
 TRIAL_SHARE = 0.25  # of the workers, the most that go because latencies are low
 TRIAL_PAUSE_S = 3600.0  # the next such trial at the same traffic
 TRIAL_DEMAND = 0.8  # or when the traffic has fallen to this share
@@ -237,7 +239,7 @@ def propose(signal: SignalConfig, scene: Scene) -> Proposal:
 
 
 def kv_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
-    view, target = scene.view, signal.target or UTILISATION
+    view, target = scene.view, signal.target or KV_TARGET
     if not view.kv_capacity:
         return float(scene.now), "no worker says how much KV it can hold"
     share = view.kv_used / (view.kv_capacity * scene.now)
@@ -338,7 +340,8 @@ def _strained(scene: Scene, ratio: float) -> float:
     least = max(scene.now + 1.0, scene.now * (1.0 + scene.config.up.tolerance) + 0.01)
     load = scene.token_load
     if load is None or not scene.capacity.known:
-        return max(least, scene.now * min(ratio, MOST_GROWTH))
+        crowd = scene.view.live / max(scene.view.running, 1.0)  # what is here for what is served at a time
+        return max(least, scene.now * min(ratio, MOST_GROWTH), scene.now * min(crowd, MOST_CROWD))
     return max(least, load + backlog_s(scene) * scene.now / DRAIN_S)
 
 

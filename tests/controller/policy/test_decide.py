@@ -216,6 +216,11 @@ def test_a_missed_slo_adds_workers():
     assert decision.wanted > 4
 
 
+def test_a_crowd_that_waits_asks_for_as_many_as_it_is_larger_than_what_is_served():
+    crowd = replace(breached(1000.0, 2), workers=workers(2, running=5, waiting=12))
+    assert first(crowd, policy(SLO, up=free())).wanted == 7  # 34 here, 10 served
+
+
 def test_with_a_known_capacity_a_missed_slo_asks_for_what_the_tokens_need():
     traffic = {"prompt_tokens_per_s": 5600.0, "output_tokens_per_s": 100.0}
     state = State(prefill_capacity=1000.0, decode_capacity=100.0, began_s=0.0)
