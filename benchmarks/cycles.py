@@ -33,6 +33,8 @@ def name_of(process: psutil.Process) -> str | None:
     for part, name in NAMES.items():
         if command.startswith(f"ray::{part}"):
             return name
+    if "flexpert.hbm.loader" in command:
+        return None  # one for each load
     if "flexpert.hbm" in command:
         return "manager " + command.partition("--name ")[2].split(" ")[0]
     return "up" if "flexpert.cli up" in command else None
