@@ -9,7 +9,20 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-__all__ = ["banner", "count", "figure", "moment", "page", "per_second", "seconds", "section", "share", "table", "tiles"]
+__all__ = [
+    "amount",
+    "banner",
+    "count",
+    "figure",
+    "moment",
+    "page",
+    "per_second",
+    "seconds",
+    "section",
+    "share",
+    "table",
+    "tiles",
+]
 
 NONE = "–"
 
@@ -161,6 +174,11 @@ def count(value: float | None) -> str:
     if value is None:
         return NONE
     return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:,.4g}"
+
+
+def amount(value: float) -> str:
+    """A quantity that is no count: hours, averages; to three digits or a tenth."""
+    return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def per_second(value: float | None) -> str:

@@ -280,7 +280,6 @@ def as_svg(figure: Figure, *, name: str, alt: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<style type=\"text/css\">.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r"\s+xmlns(?::\w+)?=\"[^\"]*\"", "", text)
     text = text.replace("xlink:href=", "href=")
     text = re.sub(r"(\bid=\"|\"#|url\(#)", rf"\g<1>{name}-", text)
     text = re.sub(r" d=\"[^\"]*\"", lambda path: _DECIMALS.sub(r"\1", path[0]).replace(" \n", " "), text)

@@ -71,7 +71,7 @@ def _banner(simulation: Simulation, own: Sequence[SimulationResult]) -> str:
         text = f"No policy keeps the attainment of {page.share(asked)}; {best.name} comes nearest with {page.share(best.attainment)}."
         return page.banner(text, kind="bad")
     best = min(keeping, key=lambda result: result.device_hours)
-    found = f"{page.share(best.attainment)} with {best.device_hours:,.1f} device-hours"
+    found = f"{page.share(best.attainment)} with {page.amount(best.device_hours)} device-hours"
     text = f"{best.name} keeps the attainment of {page.share(asked)}: {found}."
     others = [
         each
@@ -80,7 +80,7 @@ def _banner(simulation: Simulation, own: Sequence[SimulationResult]) -> str:
     ]
     if others:
         listed = (
-            f"{other.name} {other.device_hours:,.1f} ({other.device_hours / max(best.device_hours, 1e-9):.2f}x)"
+            f"{other.name} {page.amount(other.device_hours)} ({other.device_hours / max(best.device_hours, 1e-9):.2f}x)"
             for other in sorted(others, key=lambda result: result.device_hours)
         )
         text += f" Baselines that keep it too: {', '.join(listed)}."
@@ -113,10 +113,7 @@ def _costs(result: SimulationResult) -> tuple[str, ...]:
         result.kind,
         page.share(result.attainment) + (f" ± {100 * error:.2f}" if error else ""),
         page.count(result.requests - result.met),
-        *(
-            f"{each:,.1f}"
-            for each in (result.device_hours, result.worker_hours, result.standby_hours, result.mean_workers)
-        ),
+        *map(page.amount, (result.device_hours, result.worker_hours, result.standby_hours, result.mean_workers)),
         *map(page.count, (result.peak_workers, len(result.scale_events), result.flaps)),
         page.seconds(result.stall_s),
     )
