@@ -36,6 +36,8 @@ def describe_status(status: dict[str, Any]) -> str:
             rows.append((worker["worker_id"], describe_worker(worker)))
     if (transition := status.get("transition")) and (transition["state"] == "running"):
         rows.append(("transition", describe_transition(transition)))
+    if policy := status.get("policy"):
+        rows.append(("policy", describe_policy(policy)))
     rows += describe_devices(status)
     rows.append(("processes", ", ".join(f"{name} {p['phase']}" for name, p in status["processes"].items())))
     return "\n".join(f"{name:<10} {text}" for name, text in rows)
@@ -55,6 +57,14 @@ def describe_worker(worker: dict[str, Any]) -> str:
         parts.append(f"KV: {stats['kv_used_tokens']} of {stats['kv_capacity_tokens']} tokens")
         parts.append(f"requests: {stats['running']} running, {stats['waiting']} waiting")
     return "; ".join(parts)
+
+
+def describe_policy(policy: dict[str, Any]) -> str:
+    """Who decides about the size, and what was decided last."""
+    text = f"{policy['name']}, {policy['min']} to {policy['max']} workers, mode {policy['mode']}"
+    if policy.get("text"):
+        text += f"; {policy['reason']}: {policy['text']}"
+    return text + ("; its file has errors: flexpert policy show" if policy.get("problem") else "")
 
 
 def describe_devices(status: dict[str, Any]) -> list[tuple[str, str]]:

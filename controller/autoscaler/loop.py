@@ -80,12 +80,12 @@ class Autoscaler:
         directory: Path,
         policy_path: Path | None,
         run: str,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         expect: Expect = forecast.expect,
     ) -> None:
         self._cluster, self._directory, self._run = cluster, directory, run
-        self.clock, self._sleep, self._expect = clock, sleep, expect
+        self.clock, self._sleep, self._expect = clock or steady_clock(), sleep, expect
         self.source = PolicySource(policy_path)
         self.controls = Controls()
         self.state = State(run_id=secrets.token_hex(3))
@@ -96,7 +96,7 @@ class Autoscaler:
         self.reasons: Counter[str] = Counter()
         self.tick_count, self.tick_sum_s = 0, 0.0
         self._signals: Signals | None = None
-        self._observer = Observer(restarted_at_s=clock())
+        self._observer = Observer(restarted_at_s=self.clock())
         self._restored: dict[str, Any] = {}
         self._confirmed = ""
         self._trouble: Reason | None = None
@@ -112,7 +112,10 @@ class Autoscaler:
 
     def start(self) -> None:
         """Take over what an earlier controller of this run left, read the policy, and begin where there is one."""
-        self._restore()
+        try:
+            self._restore()
+        except (KeyError, TypeError, ValueError, AttributeError, OSError):
+            log.exception("what an earlier controller left cannot be read; the autoscaler begins without it")
         change = self.source.poll()
         if change is not None:
             self.changed(change)
@@ -229,10 +232,13 @@ class Autoscaler:
     def _take_lease(self) -> None:
         led = self.leads
         self.lease.period_s = max(30.0, 6 * self.policy.spec.interval_s if self.policy else 0.0)
-        self.leads = self.lease.renew(self.clock())
+        try:
+            self.leads = self.lease.renew(self.clock())
+            why = f"{holder.owner} has the lease now" if (holder := self.lease.read()) else "the lease is gone"
+        except OSError as error:
+            self.leads, why = False, f"the lease cannot be written: {error.strerror}"
         if led and not self.leads:
-            holder = self.lease.read()
-            self._cluster.tell("policy", f"{holder.owner if holder else 'another'} has the lease now; only looking on")
+            self._cluster.tell("policy", f"{why}; only looking on")
 
     # Orders
 
@@ -335,8 +341,11 @@ class Autoscaler:
             "observer": self._observer.to_json(),
             "history": None if self._signals is None else self._signals.to_json(),
         }
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_bytes(self._directory / "state.json", msgspec.json.encode(kept))
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_bytes(self._directory / "state.json", msgspec.json.encode(kept))
+        except OSError:
+            log.exception("the autoscaler's state could not be written down")
 
     def _restore(self) -> None:
         found = read_json(self._directory / "state.json") or {}
@@ -346,13 +355,18 @@ class Autoscaler:
             return
         self._restored = found
         self.log.load()
-        try:
-            self.state = msgspec.convert(found["state"], State)
-            self.controls = msgspec.convert(found["controls"], Controls)
-        except (KeyError, msgspec.ValidationError):
-            log.exception("the autoscaler's state cannot be read; it begins without history")
-        self._observer = Observer(restarted_at_s=self.clock(), saved=found.get("observer"))
         self.source.restore(found.get("source"))
+        self.controls = msgspec.convert(found["controls"], Controls)
+        self._observer = Observer(restarted_at_s=self.clock(), saved=found.get("observer"))
+        state = msgspec.convert(found["state"], State)
+        if state.last_s is None or state.last_s <= self.clock():  # else the clock was put back: its times mean nothing
+            self.state = state
+
+
+def steady_clock() -> Callable[[], float]:
+    """Unix time as it was at the call, going on evenly: whoever sets the machine's clock moves no window."""
+    offset_s = time.time() - time.monotonic()
+    return lambda: offset_s + time.monotonic()
 
 
 def one_line(problems: str) -> str:

@@ -55,7 +55,7 @@ class Observer:
         self._workers_at_s = 0.0
         self._ended: EndedTransition | None = None
         self._durations: dict[str, deque[float]] = {name: deque(maxlen=SAMPLES) for name in ("join", "leave")}
-        self._counted = ""
+        self._counted = self._seen = ""
         if isinstance(saved, dict):
             self._counted = str(saved.get("counted", ""))
             for name, kept in self._durations.items():
@@ -202,8 +202,10 @@ class Observer:
         return running, {member["worker_id"]: member["role"] for member in progress["members"]}
 
     def _end(self, progress: Mapping[str, Any], now_s: float) -> None:
-        if self._ended is not None and self._ended.id == progress["transition_id"]:
+        """Each once; the start of the cluster is no change of its size."""
+        if self._seen == progress["transition_id"] or progress["kind"] == "boot":
             return
+        self._seen = progress["transition_id"]
         began_s = _begun(progress, now_s)
         ended_s = progress.get("ended_s") or began_s + (progress.get("seconds") or 0.0)
         ended = EndedTransition(

@@ -55,7 +55,7 @@ class PolicySource:
         except UnusablePolicy as error:
             self.problem = f"the policy that was in use cannot be read any more: {error}"
             return
-        self.text, self.origin = str(saved["text"]), str(saved["origin"])
+        self.text, self.origin = str(saved["text"]), str(saved.get("origin", ""))
         self.problem, self._seen = str(saved.get("problem", "")), saved.get("seen")
 
     def to_json(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from tests.cli.admin_server import AdminServer
 from typer.testing import CliRunner
 
-from flexpert.cli import policy_view
+from flexpert.cli import policy_view, show
 from flexpert.cli.app import app
 from flexpert.cli.errors import CommandError
 from flexpert.cli.options import parse_time
@@ -108,6 +108,21 @@ def test_without_a_policy_show_says_how_to_have_one() -> None:
 def test_a_time_without_sense_is_told(text: str) -> None:
     with pytest.raises(CommandError, match="--for"):
         parse_time(text, option="--for")
+
+
+def test_status_tells_of_the_policy_where_there_is_one() -> None:
+    policy = {
+        "name": "chat",
+        "min": 1,
+        "max": 6,
+        "mode": "Active",
+        "reason": "no_change",
+        "text": "that is right",
+        "problem": "line 6",
+    }
+    assert show.describe_policy(policy) == (
+        "chat, 1 to 6 workers, mode Active; no_change: that is right; its file has errors: flexpert policy show"
+    )
 
 
 # up --policy

@@ -88,6 +88,17 @@ async def test_a_refused_order_is_told_and_not_hammered(world: World) -> None:
     assert world.autoscaler.last is not None and world.autoscaler.last.reason is Reason.RETRY_LATER
 
 
+async def test_a_refusal_after_earlier_transitions_counts_as_well(world: World) -> None:
+    world.autoscaler.controls.hold(2, until_s=world.clock.now_s + 30, owner="ada")
+    await world.run_for(30)
+    assert world.cluster.workers == 2
+    world.cluster.refusal = AdminError("impossible", "no memory")
+    world.cluster.used_tokens = 4000
+    decisions = await world.run_for(50)
+    assert len(world.cluster.orders) == 2, "one that went through, one that was refused"
+    assert decisions[-1].reason is Reason.RETRY_LATER
+
+
 async def test_a_conflict_is_waited_out_with_the_same_order(world: World) -> None:
     world.cluster.refusal = AdminError("conflict", "a repair comes first")
     await overload(world)
@@ -232,6 +243,34 @@ async def test_a_bad_file_does_not_take_the_policy_from_a_restarted_controller(w
     assert world.autoscaler.source.problem
 
 
+async def test_a_clock_that_was_put_back_stops_nothing(world: World) -> None:
+    await overload(world)
+    await world.autoscaler.stop()
+    world.clock.now_s -= 86_400
+    world.autoscaler = world.make()
+    assert world.autoscaler.policy is not None
+    world.cluster.progress = None
+    world.cluster.used_tokens = 6000
+    world.autoscaler.lease.release()
+    await world.run_for(30)
+    assert len(world.cluster.orders) >= 2
+
+
+async def test_a_full_disk_only_stops_the_orders(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **settings: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    await world.tick()
+    monkeypatch.setattr("flexpert.controller.autoscaler.loop.write_bytes", full)
+    monkeypatch.setattr("flexpert.controller.autoscaler.lease.write_json", full)
+    world.cluster.used_tokens = 2400
+    assert {decision.mode for decision in await world.run_for(30)} == {"Advisory"}
+    assert any("No space left" in text for text in world.cluster.told("policy"))
+    monkeypatch.undo()
+    await world.run_for(15)
+    assert len(world.cluster.orders) == 1
+
+
 async def test_another_run_begins_without_what_the_last_one_left(world: World) -> None:
     await overload(world)
     world.autoscaler.controls.pause(until_s=world.clock.now_s + 1000, owner="ada")
@@ -243,7 +282,16 @@ async def test_another_run_begins_without_what_the_last_one_left(world: World) -
     assert world.autoscaler.controls.paused_until_s == 0.0
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"run": "run-1"}', b'{"run": "run-1", "state": 7, "controls": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b'{"run": "run-1"}',
+        b'{"run": "run-1", "state": 7, "controls": []}',
+        b'{"run": "run-1", "source": {"text": 3}}',
+    ],
+)
 async def test_a_state_that_cannot_be_read_is_begun_anew(world: World, content: bytes) -> None:
     await world.tick()
     await world.autoscaler.stop()

@@ -173,6 +173,12 @@ def test_how_long_joins_take_is_learned_once_each_and_kept() -> None:
     assert found.join_s is not None and found.join_s.count == 1
 
 
+def test_the_start_of_the_cluster_is_no_join() -> None:
+    boot = progress(kind="boot", state="done", phase="ended", ended_s=130.0, from_workers=[])
+    found = look(Observer(restarted_at_s=0.0), 131.0, ClusterFacts(progress=boot))
+    assert found.last_transition is None and found.join_s is None
+
+
 # Memory
 
 
