@@ -78,8 +78,9 @@ def _shape_scatter(ax: Axes, points: Sequence[Point], limit: tuple[str, float] |
     from matplotlib.ticker import FixedLocator, FuncFormatter
 
     xs = [point.x for point in points] or [1.0]
-    room = (max(xs) - min(xs)) or max(xs) or 1.0
-    ax.set_xlim(max(min(xs) - 0.08 * room, 0), max(xs) + 0.22 * room)
+    room = max(max(xs) - min(xs), 0.4 * max(xs)) or 1.0  # a difference of a hundredth is not to look like the world
+    middle = (min(xs) + max(xs)) / 2
+    ax.set_xlim(max(middle - 0.58 * room, 0), middle + 0.72 * room)
     nines = [_nines(point.y) for point in points] + ([_nines(limit[1])] if limit else [])
     low, high = min(nines, default=0.0), max(nines, default=1.0)
     ax.set_ylim(max(low - 0.12 * (high - low) - 0.05, 0), high + 0.12 * (high - low) + 0.05)

@@ -139,7 +139,7 @@ def _points(simulation: Simulation) -> list[Point]:
 
 def _front(simulation: Simulation) -> str:
     svg = scatter(
-        _points(simulation), x_title="device-hours", y_title="attainment", limit=("attainment asked for", simulation.slo.attainment),
+        _points(simulation), x_title="device-hours", y_title="attainment", limit=("asked for", simulation.slo.attainment),
         name="front", alt="Attainment and device-hours of every run",
     )  # fmt: skip
     return page.figure(svg, "Up and to the left is better. Filled: policies; hollow: baselines.")
