@@ -68,7 +68,7 @@ def static_peak(load: Load, setting: Setting) -> SimulationResult:
             high = size
             size = max(low, size * 3 // 4) if size * 3 // 4 > low else (low + high) // 2
         else:
-            low = size + 1
+            low = min(size + 1, high)
             size = min(high, -(-size * 4 // 3)) if -(-size * 4 // 3) < high else (low + high) // 2
     result = found.get(low) or simulate(load, Fixed(low), replace(setting, workers=low))
     return replace(result, name=f"static-peak-{low}")

@@ -79,9 +79,9 @@ def _typical(share: float, pairs: Iterable[tuple[int, float]]) -> dict[int, floa
 
 
 def _rising(points: dict[int, float]) -> tuple[tuple[float, float], ...]:
-    """More work never takes less time: what noise turns round is levelled."""
-    level, found = 0.0, []
-    for key, seconds in sorted(points.items()):
-        level = max(level, seconds)
+    """More work never takes less time, and what disturbs a measurement only ever adds to it: each point is at most the ones above it."""
+    level, found = float("inf"), []
+    for key, seconds in sorted(points.items(), reverse=True):
+        level = min(level, seconds)
         found.append((float(key), round(level, 7)))
-    return tuple(found)
+    return tuple(reversed(found))

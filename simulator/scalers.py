@@ -95,6 +95,8 @@ class Hpa(_Baseline):
         now = len(ready)
         if not now:
             return Wish(reason="no_workers")
+        if not self._wanted:  # the size at the begin was right until then
+            self._wanted.append((observation.now_s, now))
         utilisation = sum(_utilisation(worker) for worker in ready) / now
         ratio = utilisation / self._target
         wanted = now if abs(ratio - 1) <= 0.1 else math.ceil(now * ratio)
@@ -132,6 +134,8 @@ class Kpa(_Baseline):
             self._seen.popleft()
         if not now:
             return Wish(reason="no_workers")
+        if len(self._seen) == 1 and self._panic_until_s < 0:  # it begins in panic: no history, no shrink
+            self._panic_until_s, self._panic_most = now_s + 60.0, now
         slowest = max(1, math.floor(now / 2))
         stable = min(1000 * now, max(slowest, math.ceil(self._mean(now_s - 60.0) / self._target)))
         panic = min(1000 * now, max(slowest, math.ceil(self._mean(now_s - 6.0) / self._target)))

@@ -1,0 +1,90 @@
+"""Profiles: what a file must say, and what is read off the steps of an engine."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from flexpert.simulator.fit import MeasureError, Step, fit
+from flexpert.simulator.profile import PROFILES, Duration, ProfileError, interpolate, load_profile, read_profile
+
+from .small import profile
+
+
+def written(**changes) -> bytes:
+    return msgspec.json.encode(msgspec.to_builtins(profile()) | changes)
+
+
+def test_a_profile_reads_as_it_was_written() -> None:
+    assert read_profile(msgspec.json.encode(profile())) == profile()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kv_tokens": 0}, "kv_tokens 0: expected 1 or more"),
+        ({"decode": []}, "decode: no points"),
+        ({"decode": [[1, 0.1], [1, 0.2]]}, "must rise"),
+        ({"decode": [[0, 0.0], [1, 0.0]]}, "takes no time"),
+        ({"prefill": [[0, -1.0]]}, "below 0"),
+        ({"context_s": -1.0}, "context_s -1.0: expected 0 or more"),
+        ({"stall": {"mean_s": 2.0, "p95_s": 1.0}}, "stall: mean_s 2, p95_s 1"),
+        ({"move_bytes_per_s": 0}, "move_bytes_per_s"),
+        ({"kv_tokens": "many"}, "kv_tokens"),
+        ({"speed": 3}, "speed"),
+    ],
+)
+def test_a_wrong_profile_names_the_field(changes: dict, words: str) -> None:
+    with pytest.raises(ProfileError, match=words):
+        read_profile(written(**changes))
+
+
+def test_a_missing_file_tells_what_is_shipped() -> None:
+    with pytest.raises(ProfileError, match="builtin-cpu"):
+        load_profile("nowhere.json")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PROFILES.glob("*.json")))
+def test_shipped_profiles_are_whole(name: str) -> None:
+    found = load_profile(name)
+
+    assert found.name == name
+    assert found.source
+    assert interpolate(found.decode, found.max_running) >= interpolate(found.decode, 1) > 0
+
+
+def test_durations_have_the_mean_and_the_tail_that_they_say() -> None:
+    mu, sigma = Duration(mean_s=2.6, p95_s=6.4).spread
+    assert pytest.approx(2.6) == pow(2.718281828459045, mu + sigma**2 / 2)
+    assert pytest.approx(6.4, rel=1e-3) == pow(2.718281828459045, mu + 1.645 * sigma)
+    assert Duration(mean_s=3.0, p95_s=3.0).spread[1] == 0.0
+
+
+def steps_of_an_engine() -> list[Step]:
+    """decode(n) = 10 ms + 1 ms n, a prompt token 0.2 ms, 4 ms of a step spent on nothing, 1 us for each token of context."""
+    decode = {0: 0.004, 1: 0.011, 2: 0.012, 4: 0.014}
+    steps = []
+    for _ in range(3):
+        for count in (1, 2, 4):
+            steps += [Step(count, 24 * count, 0, 0, decode[count] + 24e-6 * count)] * 5
+        steps += [Step(4, 4 * 1000, 0, 0, decode[4] + 4e-3)] * 5
+        for tokens in (16, 100):
+            steps.append(Step(0, 0, tokens, 0, decode[0] + 2e-4 * tokens))
+            steps.append(Step(2, 48, tokens, 0, decode[2] + 48e-6 + 2e-4 * tokens))
+        steps.append(Step(0, 0, 100, 500, decode[0] + 2e-2 + 100 * 500 * 1e-8))
+    return steps
+
+
+def test_the_steps_of_an_engine_give_its_profile() -> None:
+    found = fit(steps_of_an_engine(), profile())
+
+    assert interpolate(found.decode, 0) == pytest.approx(0.004, abs=2e-4)
+    assert interpolate(found.decode, 3) == pytest.approx(0.013, abs=2e-4)
+    assert interpolate(found.prefill, 58) == pytest.approx(0.0116, abs=4e-4)
+    assert found.context_s == pytest.approx(1e-6, rel=0.05)
+    assert found.prefill_context_s == pytest.approx(1e-8, rel=0.05)
+
+
+def test_steps_that_show_nothing_are_an_error() -> None:
+    with pytest.raises(MeasureError, match="only decode"):
+        fit([Step(0, 0, 16, 0, 0.1)], profile())
