@@ -21,7 +21,7 @@ from flexpert.controller.policy.types import (
     TrafficReading,
 )
 
-UTILISATION = 0.85  # of a measured capacity: beyond, queues grow faster than the load
+UTILISATION = 0.8  # of a measured capacity: beyond, queues grow faster than the load
 KV_TARGET = 0.8  # of a kv_utilization without one
 MOST_GROWTH = 2.0  # of a size, where only a latency says that it is too small
 MOST_CROWD = 4.0  # of a size, where that many requests wait for each that runs
