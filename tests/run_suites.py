@@ -21,8 +21,10 @@ from xml.etree import ElementTree
 
 TESTS = Path(__file__).parent
 # The order of the layers: a fault low down is reported before everything above it fails too.
-ORDER = ("repository", "hbm", "kernels", "expert_cache", "workers", "controller", "simulator", "dashboard", "cli")
-SPREAD = {"hbm", "expert_cache", "workers", "controller", "simulator"}
+ORDER = (
+    "repository", "loadtest", "hbm", "kernels", "expert_cache", "workers", "controller", "simulator", "dashboard", "cli",
+)  # fmt: skip
+SPREAD = {"hbm", "expert_cache", "workers", "controller", "simulator", "cli"}
 MAX_PROCESSES = 4
 PYTEST_NO_TESTS = 5
 
