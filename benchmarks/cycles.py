@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import datetime
 import os
 import statistics
@@ -41,15 +42,17 @@ def name_of(process: psutil.Process) -> str | None:
 
 
 def sample(pids: dict[int, str]) -> dict[str, dict[str, float]]:
+    """What each holds; a child that was about to become another program is gone by now."""
     found = {}
     for pid, name in pids.items():
-        process = psutil.Process(pid)
-        found[f"{name} {pid}"] = {
-            "memory_bytes": process.memory_full_info().pss,
-            "descriptors": process.num_fds(),
-            "mappings": Path(f"/proc/{pid}/maps").read_text().count("\n"),
-            "threads": process.num_threads(),
-        }
+        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            process = psutil.Process(pid)
+            found[f"{name} {pid}"] = {
+                "memory_bytes": process.memory_full_info().pss,
+                "descriptors": process.num_fds(),
+                "mappings": Path(f"/proc/{pid}/maps").read_text().count("\n"),
+                "threads": process.num_threads(),
+            }
     return found
 
 
