@@ -1,5 +1,7 @@
 """What the death of Ray's own processes means: a private Ray is replaced, and the cluster is back with its memory, on the same port with
-the same keys. Without its GCS alone, the requests that ran end first; a raylet takes its processes with it."""
+the same keys. Without its GCS alone, the requests that ran end first; a raylet takes its processes with it (tried where
+FLEXPERT_ALL_FAULTS is set).
+"""
 
 from __future__ import annotations
 
@@ -47,16 +49,17 @@ def test_cluster_outlives_its_private_ray(runtime: Path, tiny_model: Path) -> No
         assert len(expected) == TOKENS
         kill_gcs = partial(strike, cluster, "gcs_server")
         assert stream_tokens(cluster.client(), after=5, then=kill_gcs, **GREEDY) == expected
-        second = ready_again(cluster, first)
-        strike(cluster, "raylet")
-        third = ready_again(cluster, second)
-        for now in (second, third):
+        lives = [ready_again(cluster, first)]
+        if os.environ.get("FLEXPERT_ALL_FAULTS"):
+            strike(cluster, "raylet")
+            lives.append(ready_again(cluster, lives[0]))
+        for now in lives:
             assert now["manager"]["pid"] == first["manager"]["pid"]
             assert not now["workers"][0]["weights_loaded"], "they are mapped again"
             assert now["uptime_s"] > first["uptime_s"]
         assert stream_tokens(cluster.client(), **GREEDY) == expected, "on the same port, with the same key"
-        pids = [third[name]["pid"] for name in ("controller", "gateway", "manager")]
-        others = [ProcessId.of(pid) for pid in (*pids, third["workers"][0]["pid"])]
+        pids = [lives[-1][name]["pid"] for name in ("controller", "gateway", "manager")]
+        others = [ProcessId.of(pid) for pid in (*pids, lives[-1]["workers"][0]["pid"])]
     finally:
         code = cluster.end()
     assert code == 0, cluster.text

@@ -154,7 +154,7 @@ async def test_cluster_grows_and_shrinks_and_its_controller_may_die_meanwhile(cl
     os.kill(status["workers"][1]["pid"], signal.SIGKILL)
     pid = status["workers"][1]["pid"]
     status = await cluster.until(
-        lambda now: len(serving(now)) == 3 and now["workers"][1]["pid"] not in (pid, None) and now["ready"], "it is replaced"
+        lambda now: len(serving(now)) == 3 and now["workers"][1].get("pid") not in (pid, None) and now["ready"], "it is replaced"
     )  # fmt: skip
     assert status["workers"][1]["incarnation"] == 2
 
