@@ -1,0 +1,166 @@
+"""What a spike did to a cluster: figures of one variant from its load test and its transitions, and goals over all variants."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import saved_run
+
+from flexpert.loadtest.measure import Outcome, RunResult
+from flexpert.loadtest.slo import met
+
+WINDOW_S = 5.0
+IN_A_ROW = 3  # windows that meet the SLO, before it counts as recovered
+FIGURES = (
+    "variant", "requests", "failed", "attainment", "attainment_in_spike", "recover_s", "windows_missed", "ttft_p95_s", "tpot_p95_s",
+    "worker_s", "held_s", "scale_events", "peak_workers", "workers_at_end", "lag_p99_ms", "generator",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Change:
+    """One transition: sizes, and when it began, was committed and ended, in seconds since the load began; inf where it was not yet."""
+
+    before: int
+    after: int
+    began_s: float
+    committed_s: float
+    ended_s: float
+    state: str
+
+
+@dataclass(frozen=True)
+class Spike:
+    at_s: float
+    length_s: float
+    duration_s: float
+
+    @property
+    def end_s(self) -> float:
+        return self.at_s + self.length_s
+
+
+def changes(result: RunResult, progress: dict[str, dict[str, Any]]) -> list[Change]:
+    """progress: the transitions of the run, as the admin API tells of them, by id. The order is that of their begin."""
+    times: dict[str, dict[str, float]] = {}
+    for event in result.events:
+        if event.kind in ("begun", "committed", "ended"):
+            times.setdefault(event.fields["transition_id"], {})[event.kind] = event.at_s
+    found = [
+        Change(
+            before=len(progress[name]["from_workers"]),
+            after=len(progress[name]["to_workers"]),
+            began_s=seen.get("begun", 0.0),
+            committed_s=seen.get("committed", math.inf),
+            ended_s=seen.get("ended", math.inf),
+            state=progress[name]["state"],
+        )
+        for name, seen in times.items()
+    ]
+    return sorted(found, key=lambda change: change.began_s)
+
+
+def worker_seconds(workers: int, found: Sequence[Change], until_s: float) -> tuple[float, float]:
+    """(seconds of workers that serve, of workers held: those that join or leave as well) from 0 to until_s."""
+    serving = held = workers * until_s
+    for change in found:
+        more = change.after - change.before
+        serving += more * max(0.0, until_s - change.committed_s)
+        # What joins is held from the begin on, what leaves until the end; an aborted join is given back at its end.
+        from_s = change.began_s if more > 0 else change.ended_s
+        done = change.state in ("done", "running")
+        to_s = until_s if done else min(change.ended_s, until_s)
+        if more > 0 or done:
+            held += more * max(0.0, to_s - from_s)
+    return serving, held
+
+
+def windows(outcomes: Sequence[Outcome], *, from_s: float, to_s: float) -> list[tuple[float, float]]:
+    """(start, p95 of TTFT) of the windows in which requests were due; one that was not answered counts as endlessly late."""
+    found: dict[int, list[float]] = {}
+    for outcome in outcomes:
+        if from_s <= outcome.intended_s < to_s:
+            late_s = outcome.ttft_s if outcome.end == "ok" and outcome.ttft_s is not None else math.inf
+            found.setdefault(int((outcome.intended_s - from_s) / WINDOW_S), []).append(late_s)
+    return [
+        (from_s + number * WINDOW_S, sorted(late)[math.ceil(0.95 * len(late)) - 1])
+        for number, late in sorted(found.items())
+    ]
+
+
+def recovery(seen: Sequence[tuple[float, float]], limit_s: float, begin_s: float) -> tuple[float | None, int]:
+    """(seconds from begin_s to the first window from which IN_A_ROW meet the limit, 0 where none missed it, None where that never
+    came; how many windows missed it)."""
+    late = [p95_s > limit_s for _, p95_s in seen]
+    if not any(late):
+        return 0.0, 0
+    for i in range(late.index(True) + 1, len(seen)):
+        if not any(late[i : i + IN_A_ROW]) and len(late[i : i + IN_A_ROW]) == IN_A_ROW:
+            return seen[i][0] - begin_s, sum(late)
+    return None, sum(late)
+
+
+def row(variant: str, result: RunResult, *, workers: int, found: Sequence[Change], spike: Spike) -> dict[str, Any]:
+    """workers: that served as the load began."""
+    whole, inside = result.whole, [each for each in result.outcomes if spike.at_s <= each.intended_s < spike.end_s]
+    seen = windows(result.outcomes, from_s=spike.at_s, to_s=spike.duration_s)
+    recover_s, missed = recovery(seen, result.objectives["ttft"], spike.at_s)
+    serving_s, held_s = worker_seconds(workers, found, spike.duration_s)
+    done = [change for change in found if change.state == "done" and change.before != change.after]
+    lag_s = result.lag.quantiles_s.p99 or 0.0
+    return {
+        "variant": variant,
+        "requests": whole.sent,
+        "failed": whole.sent - whole.ends["ok"],
+        "attainment": round(whole.attainment or 0.0, 4),
+        "attainment_in_spike": round(
+            sum(met(each, result.objectives) for each in inside) / len(inside), 4
+        ) if inside else None,
+        "recover_s": recover_s,
+        "windows_missed": missed,
+        "ttft_p95_s": whole.ttft_s.p95,
+        "tpot_p95_s": whole.tpot_s.p95,
+        "worker_s": round(serving_s, 1),
+        "held_s": round(held_s, 1),
+        "scale_events": len(done),
+        "peak_workers": max([workers, *(change.after for change in done)]),
+        "workers_at_end": done[-1].after if done else workers,
+        "lag_p99_ms": round(1e3 * lag_s, 2),
+        "generator": "degraded" if result.lag.degraded else "kept up",
+        "errors": whole.errors,
+        "changes": [
+            {"at_s": round(change.began_s, 1), "from": change.before, "to": change.after, "state": change.state,
+             "seconds": round(change.ended_s - change.began_s, 2) if math.isfinite(change.ended_s) else None}
+            for change in found
+        ],
+        "windows": [[round(at_s, 1), round(p95_s, 3) if math.isfinite(p95_s) else None] for at_s, p95_s in seen],
+    }  # fmt: skip
+
+
+def goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """No failed request under the default policy; what it is compared with has no bound."""
+    by_name = {each["variant"]: each for each in rows}
+    ours = by_name["default policy"]
+    found = [saved_run.goal("failed requests, default policy", ours["failed"], "<= 0")]
+    found += [_shown("attainment, default policy", ours["attainment"])]
+    found += [_shown("time to recover, default policy, s", ours["recover_s"])]
+    for name, other in by_name.items():
+        if other is not ours:
+            found += [
+                _shown(f"attainment over {name}'s", _ratio(ours["attainment"], other["attainment"])),
+                _shown(f"attainment in the spike less {name}'s", ours["attainment_in_spike"] - other["attainment_in_spike"]),
+                _shown(f"worker-seconds over {name}'s", _ratio(ours["worker_s"], other["worker_s"])),
+            ]  # fmt: skip
+    return found
+
+
+def _ratio(value: float, other: float) -> float | None:
+    return value / other if other else None
+
+
+def _shown(name: str, value: float | None) -> dict[str, Any]:
+    """A figure that is told and asked for nothing."""
+    return {"name": name, "value": None if value is None else round(value, 4), "bound": None, "met": None}
