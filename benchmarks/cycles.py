@@ -3,7 +3,7 @@
     python benchmarks/cycles.py                   # 300 cycles of 1 -> 2 -> 1 workers under a light load
     python benchmarks/cycles.py --cycles 6        # the short form
 
-After each tenth cycle memory (proportional set size), descriptors, mappings and threads are read from /proc for the processes that live
+After each tenth cycle memory (private and file pages; the granules of the arena are the budget's), descriptors, mappings and threads are read from /proc for the processes that live
 through all of them: `up`, controller, node agent, gateway, HBM managers and the worker that stays. Drift is the slope of a straight line
 through the samples after the first quarter, per 100 cycles, over the mean.
 """
@@ -48,12 +48,19 @@ def sample(pids: dict[int, str]) -> dict[str, dict[str, float]]:
         with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             process = psutil.Process(pid)
             found[f"{name} {pid}"] = {
-                "memory_bytes": process.memory_full_info().pss,
+                "memory_bytes": own_bytes(pid),
                 "descriptors": process.num_fds(),
                 "mappings": Path(f"/proc/{pid}/maps").read_text().count("\n"),
                 "threads": process.num_threads(),
             }
     return found
+
+
+def own_bytes(pid: int) -> int:
+    """Proportional set size without shared memory."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    return (kib["Pss_Anon"] + kib["Pss_File"]) << 10
 
 
 def cluster_processes(runtime: Path) -> dict[int, str]:
@@ -81,7 +88,7 @@ def drift(values: list[float], cycles: list[int]) -> float:
 
 async def cycle(cluster: LocalCluster, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[float], Load]:
     admin, load, samples, seconds = Admin(cluster), Load(), [], []
-    jobs = make_jobs(20, seed=3)
+    jobs = make_jobs(400, seed=3)  # enough to fill the KV memory in the first cycles
     stop = asyncio.Event()
 
     async def light_load() -> None:
@@ -121,7 +128,17 @@ def main() -> None:
     args = parser.parse_args()
     started = datetime.datetime.now(datetime.UTC)
     cluster = LocalCluster(
-        "--workers", "1", "--standby", "1", "--max-workers", "2", "--memory", "512MiB", port=free_port()
+        "--workers",
+        "1",
+        "--standby",
+        "1",
+        "--max-workers",
+        "2",
+        "--memory",
+        "512MiB",
+        "--kv-memory",
+        "16MiB",
+        port=free_port(),
     ).start()
     try:
         samples, seconds, load = asyncio.run(cycle(cluster, args))

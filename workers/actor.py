@@ -8,6 +8,7 @@ later, *started* as a worker with an incarnation. Torch is imported while warmin
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import logging
 import os
@@ -184,6 +185,7 @@ class WorkerActor:
         answer = await self._step(lambda worker: worker.release())
         if "failure" not in answer:
             self._worker, self._serving, self._progress = None, False, (0, 0)
+            await asyncio.to_thread(gc.collect)  # modules refer to each other: a process that waits may wait for long
         return answer
 
     async def wait_trouble(self) -> dict[str, Any] | None:
