@@ -3,9 +3,10 @@
     python benchmarks/cycles.py                   # 300 cycles of 1 -> 2 -> 1 workers under a light load
     python benchmarks/cycles.py --cycles 6        # the short form
 
-After each tenth cycle memory (private and file pages; the granules of the arena are the budget's), descriptors, mappings and threads are read from /proc for the processes that live
-through all of them: `up`, controller, node agent, gateway, HBM managers and the worker that stays. Drift is the slope of a straight line
-through the samples after the first quarter, per 100 cycles, over the mean.
+After each tenth cycle memory, descriptors, mappings and threads are read from /proc for the processes that live through all of them: `up`,
+controller, node agent, gateway, HBM managers and the worker that stays. Memory is that of the process alone: granules are the budget's, and
+pages of files are shared with whatever else runs here. Drift is the slope of a straight line through the samples after the first quarter,
+per 100 cycles, over the mean.
 """
 
 from __future__ import annotations
@@ -57,10 +58,9 @@ def sample(pids: dict[int, str]) -> dict[str, dict[str, float]]:
 
 
 def own_bytes(pid: int) -> int:
-    """Proportional set size without shared memory."""
+    """Memory that belongs to this process alone."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-    return (kib["Pss_Anon"] + kib["Pss_File"]) << 10
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss_Anon:"))
 
 
 def cluster_processes(runtime: Path) -> dict[int, str]:
