@@ -68,7 +68,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the test and lint tools into $(VENV)"
-	@$(PIP_INSTALL) -e ".[dev]"
+	@$(PIP_INSTALL) --no-compile -e ".[dev]"
 	@touch $@
 
 clean: ## remove caches and build output
