@@ -6,8 +6,6 @@ import json
 import math
 from typing import Any
 
-import aiohttp
-
 from flexpert.controller.policy.types import Reading
 
 MAX_BODY_BYTES = 1 << 20
@@ -16,6 +14,8 @@ MAX_BODY_BYTES = 1 << 20
 async def query(url: str, promql: str, *, timeout_s: float, now_s: float) -> Reading:
     """The value of an instant query (https://prometheus.io/docs/prometheus/latest/querying/api/#instant-queries) that gives one number.
     now_s: unix time, by which the age of the sample is told."""
+    import aiohttp  # takes long, and most policies ask no Prometheus: not at each start of a controller
+
     where = f"{url.rstrip('/')}/api/v1/query"
     try:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
