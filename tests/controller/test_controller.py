@@ -170,14 +170,19 @@ class PlayedComponents:
         return {"component": component}
 
 
-@pytest.fixture
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RuntimeDir:
+def play_components(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RuntimeDir:
+    """A runtime directory for a controller whose components are played."""
     monkeypatch.setattr(module, "Components", PlayedComponents)
     monkeypatch.setattr(module, "open_process_log", lambda path, level: None)
     monkeypatch.setattr(PlayedComponents, "found", ())
     monkeypatch.setenv("FLEXPERT_RUNTIME_DIR", str(tmp_path / "r"))
     monkeypatch.setattr("flexpert.controller.runtime_dir.MAX_SOCKET_PATH_BYTES", 1000)
     return make("default")
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RuntimeDir:
+    return play_components(tmp_path, monkeypatch)
 
 
 def make_controller(runtime: RuntimeDir, *, token: str = "t", **settings: Any) -> Controller:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.controller.test_controller import PlayedComponents, make_controller, watch_until
+from tests.controller.test_controller import PlayedComponents, make_controller, play_components, watch_until
 
-from flexpert.controller import controller as module
 from flexpert.controller.controller import Controller
 from flexpert.controller.errors import AdminError
-from flexpert.controller.runtime_dir import RuntimeDir, make
+from flexpert.controller.runtime_dir import RuntimeDir
 from flexpert.controller.supervision_types import GATEWAY
 
 POLICY = """
@@ -70,12 +69,7 @@ def gateway(monkeypatch: pytest.MonkeyPatch) -> Gateway:
 
 @pytest.fixture
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RuntimeDir:
-    monkeypatch.setattr(module, "Components", PlayedComponents)
-    monkeypatch.setattr(module, "open_process_log", lambda path, level: None)
-    monkeypatch.setattr(PlayedComponents, "found", ())
-    monkeypatch.setenv("FLEXPERT_RUNTIME_DIR", str(tmp_path / "r"))
-    monkeypatch.setattr("flexpert.controller.runtime_dir.MAX_SOCKET_PATH_BYTES", 1000)
-    return make("default")
+    return play_components(tmp_path, monkeypatch)
 
 
 @pytest.fixture
