@@ -21,6 +21,7 @@ import pytest
 # Every process a test starts inherits this variable, however it detaches itself: daemons, Ray workers, helpers.
 _MARK = "FLEXPERT_TEST_RUN"
 _GRACE_S = float(os.environ.get("FLEXPERT_TEST_GRACE_S", "20"))
+_EXEC_S = 0.5  # the longest that a process is given to show its environment after it was started
 
 os.environ[_MARK] = uuid.uuid4().hex
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -71,24 +72,38 @@ def no_process_outlives_the_tests() -> Iterator[None]:
         _wait_for_exit(next(iter(left)), timeout_s=max(0.0, deadline - time.monotonic()))
     for pid in left:
         _kill(pid)
+        _wait_for_exit(pid, timeout_s=_GRACE_S)
     assert not left, f"these processes outlived the tests that started them: {left}"
 
 
 def _processes_of_this_run() -> dict[int, str]:
     """Process id -> command line of every process but this one that carries this run's mark; zombies are gone already."""
     mark = f"{_MARK}={os.environ[_MARK]}".encode()
+    deadline = time.monotonic() + _EXEC_S
     found = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit() or int(folder.name) == os.getpid():
             continue
         try:
-            if mark in (folder / "environ").read_bytes().split(b"\0"):
+            if mark in _environment(folder, deadline).split(b"\0"):
                 found[int(folder.name)] = (
                     (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 )
         except OSError:  # it ended meanwhile, or is another user's
             continue
     return found
+
+
+def _environment(process: Path, deadline: float) -> bytes:
+    """The environment of a process, by its folder in /proc.
+
+    It reads as empty for a moment in the middle of execve(2), which Popen does not wait for; a process that really has
+    none, or is a zombie, reads so for ever.
+    """
+    while not (environment := (process / "environ").read_bytes()) and time.monotonic() < deadline:
+        os.readlink(process / "exe")  # a kernel thread and a zombie have no program: OSError
+        os.sched_yield()
+    return environment
 
 
 def _wait_for_exit(pid: int, *, timeout_s: float) -> None:
