@@ -106,6 +106,8 @@ class Course:
             "begun",
             f"{asked}: epoch {running.number}, {', '.join(state.members) or 'none'} -> {', '.join(workers)}",
             transition=running.transition_id,
+            from_workers=state.members,
+            to_workers=workers,
             total_bytes=running.total_bytes,
         )
         self.deadline(running)
@@ -195,6 +197,7 @@ class Course:
             "committed",
             f"epoch {running.number} is current: {', '.join(running.to_workers)}",
             transition=running.transition_id,
+            to_workers=running.to_workers,
             pause_s=pauses,
         )
 

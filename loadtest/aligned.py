@@ -1,11 +1,11 @@
 """What the server did beside what its clients saw: its events as changes of size, and the requests that each of them touched. Pure.
 
-Events are those of `GET /admin/v1/events` (docs/api.md): a transition's `begun`, `committed` and `ended` share its id. Used by the report.
+Events are those of `GET /admin/v1/events` (docs/api.md): a transition's `begun`, `committed` and `ended` share its id; `begun` names the
+workers before and after, `committed` those after. Used by the report.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +15,6 @@ __all__ = ["AFTER_S", "Change", "Touched", "changes", "incidents", "touched", "w
 
 AFTER_S = 30.0  # a change is answerable for the requests intended from its begin to so long after its end
 _STEPS = ("begun", "committed", "aborting", "ended")
-_BEGUN = re.compile(r".*?, (?P<before>[^,>]+(?:, [^,>]+)*) -> (?P<after>.*)")
 
 
 @dataclass(slots=True)
@@ -55,14 +54,15 @@ def changes(events: Sequence[ServerEvent]) -> list[Change]:
     for event in events:
         if event.kind not in _STEPS:
             continue
-        name = str(event.fields.get("transition", event.at_s))
+        name = str(event.fields.get("transition_id", event.at_s))
         change = found.setdefault(name, Change(event.at_s, event.text))
         if event.kind == "begun":
-            change.before, change.after = _sizes(event)
+            change.before = _count(event.fields.get("from_workers"))
+            change.after = _count(event.fields.get("to_workers"))
         elif event.kind == "committed":
             change.committed_s = event.at_s
+            change.after = _count(event.fields.get("to_workers"))
             change.pause_s = _longest(event.fields.get("pause_s"))
-            change.after = change.after if change.after is not None else _names(event.text.partition("is current:")[2])
         elif event.kind == "aborting":
             change.aborted = True
         else:
@@ -75,24 +75,8 @@ def incidents(events: Sequence[ServerEvent]) -> list[ServerEvent]:
     return [event for event in events if event.kind not in (*_STEPS, "retired")]
 
 
-def _sizes(event: ServerEvent) -> tuple[int | None, int | None]:
-    """Of a `begun`: from its fields, else from its text, which names the workers before and after."""
-    sizes = [_size(event.fields.get(key)) for key in ("from_workers", "to_workers")]
-    match = _BEGUN.fullmatch(event.text)
-    if match and sizes == [None, None]:
-        return _names(match["before"]), _names(match["after"])
-    return sizes[0], sizes[1]
-
-
-def _size(value: object) -> int | None:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    return len(value) if isinstance(value, list | tuple) else None
-
-
-def _names(text: str) -> int | None:
-    names = [name for part in text.split(",") if (name := part.strip()) and name != "none"]
-    return len(names) if text.strip() else None
+def _count(workers: object) -> int | None:
+    return len(workers) if isinstance(workers, list | tuple) else None
 
 
 def _longest(pauses: object) -> float | None:

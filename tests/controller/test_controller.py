@@ -470,6 +470,7 @@ async def test_events_are_told_from_a_number_on(runtime: RuntimeDir) -> None:
     assert [event["sequence"] for event in (await controller.events(told["last"] - 1))["events"]] == [told["last"]]
     [begun] = [event for event in told["events"] if event["kind"] == "begun"]
     assert begun["transition_id"] == "t-1"
+    assert (list(begun["from_workers"]), list(begun["to_workers"])) == ([], ["worker-0"])
 
 
 async def test_stop_drains_and_ends_everything(runtime: RuntimeDir) -> None:

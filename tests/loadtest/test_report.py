@@ -16,9 +16,19 @@ from flexpert.loadtest.summary import timeline
 from .html_page import Page, assert_stands_alone
 
 EVENTS = [
-    ServerEvent(20.0, "begun", "scale to 3: epoch 2, w0 -> w0, w1, w2", {"transition": "t1"}),
-    ServerEvent(24.0, "committed", "epoch 2 is current: w0, w1, w2", {"transition": "t1", "pause_s": {"w0": 0.0125}}),
-    ServerEvent(25.0, "ended", "scale to 3: done", {"transition": "t1"}),
+    ServerEvent(
+        20.0,
+        "begun",
+        "scale to 3: epoch 2, w0 -> w0, w1, w2",
+        {"transition_id": "t1", "from_workers": ["w0"], "to_workers": ["w0", "w1", "w2"]},
+    ),
+    ServerEvent(
+        24.0,
+        "committed",
+        "epoch 2 is current: w0, w1, w2",
+        {"transition_id": "t1", "to_workers": ["w0", "w1", "w2"], "pause_s": {"w0": 0.0125}},
+    ),
+    ServerEvent(25.0, "ended", "scale to 3: done", {"transition_id": "t1"}),
     ServerEvent(40.0, "died", "w2: killed by signal 9", {"worker": "w2"}),
 ]
 
@@ -191,19 +201,21 @@ def test_steps_of_one_transition_are_one_change() -> None:
     assert [event.kind for event in aligned.incidents(EVENTS)] == ["died"]
 
 
-def test_sizes_come_from_fields_where_there_are_some() -> None:
-    fields = {"transition": "t", "from_workers": 4, "to_workers": ["a", "b"]}
+def test_event_without_sizes_is_shown_without_them() -> None:
+    (change,) = aligned.changes(
+        [ServerEvent(1.0, "begun", "scale to 2: epoch 2, w0 -> w0, w1", {"transition_id": "t"})]
+    )
 
-    (change,) = aligned.changes([ServerEvent(1.0, "begun", "smaller", fields)])
-
-    assert change.label == "4→2"
+    assert (change.before, change.after, change.label) == (None, None, "")
 
 
 def test_aborted_change_keeps_the_size_before() -> None:
     events = [
-        ServerEvent(5.0, "begun", "scale to 2: epoch 2, w0 -> w0, w1", {"transition": "t"}),
-        ServerEvent(6.0, "aborting", "scale to 2: no room", {"transition": "t"}),
-        ServerEvent(7.0, "ended", "scale to 2: aborted", {"transition": "t"}),
+        ServerEvent(
+            5.0, "begun", "scale to 2", {"transition_id": "t", "from_workers": ["w0"], "to_workers": ["w0", "w1"]}
+        ),
+        ServerEvent(6.0, "aborting", "scale to 2: no room", {"transition_id": "t"}),
+        ServerEvent(7.0, "ended", "scale to 2: aborted", {"transition_id": "t"}),
     ]
 
     found = aligned.changes(events)
@@ -214,7 +226,7 @@ def test_aborted_change_keeps_the_size_before() -> None:
 
 def test_change_that_began_before_the_run_is_shown_with_what_is_known() -> None:
     found = aligned.changes(
-        [ServerEvent(0.5, "committed", "epoch 2 is current: w0, w1", {"transition": "t", "pause_s": {}})]
+        [ServerEvent(0.5, "committed", "now", {"transition_id": "t", "to_workers": ["w0", "w1"], "pause_s": {}})]
     )
 
     assert (found[0].before, found[0].after, found[0].label) == (None, 2, "")
