@@ -139,7 +139,7 @@ class _Connection(asyncio.Protocol):
             return
         chunk = parse_chunk(data)
         outcome = exchange.outcome
-        content = chunk.content
+        content, finished = chunk.read()
         if content is not None:
             if outcome.first_s is None:
                 outcome.first_s = now_s
@@ -157,7 +157,8 @@ class _Connection(asyncio.Protocol):
             outcome.prompt_tokens, outcome.output_tokens = usage.prompt_tokens, usage.completion_tokens
             if usage.prompt_tokens_details is not None:
                 outcome.cached_tokens = usage.prompt_tokens_details.cached_tokens
-        exchange.finished = exchange.finished or chunk.finished
+        if finished:
+            exchange.finished = True
 
     def _complete(self, exchange: Exchange, head: Head, now_s: float) -> None:
         outcome = exchange.outcome

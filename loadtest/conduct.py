@@ -84,7 +84,7 @@ async def conduct(
         ready, first_event = await _unless(stop, _look(test, client))
         client.timeout_s = test.timeout_s
         limits = per_request(test.objectives)
-        window = (test.warmup_s, test.duration_s - test.cooldown_s)
+        window = (test.warmup_s, test.duration_s - test.cooldown_s) if test.warmup_s or test.cooldown_s else None
         recorder = Recorder(limits=limits, window=window)
         gc.collect()
         gc.disable()  # a full collection would stand between the clock and the socket; _ticks collects the young
@@ -179,6 +179,7 @@ async def _until(
 async def _settle(client: Client, recorder: Recorder) -> None:
     await client.give_up()
     recorder.gaps.fold()
+    recorder.window_gaps.fold()
 
 
 async def _ticks(tick: Tick | None, client: Client, recorder: Recorder) -> None:
@@ -236,10 +237,10 @@ def _result(
     sent_until_s = max([0.0, *(outcome.intended_s for outcome in outcomes)])
     whole_s = test.duration_s if not notes or not notes[0].startswith("stopped") else max(sent_until_s, 1e-3)
     whole = summarise(outcomes, from_s=0.0, to_s=whole_s, limits=limits, gaps=recorder.gaps)
-    inside, window, gaps = outcomes, whole, recorder.gaps
-    if test.warmup_s or test.cooldown_s:
+    inside, window, gaps = outcomes, whole, recorder.window_gaps
+    if recorder.window is not None:
         low, high = recorder.window
-        inside, gaps = [outcome for outcome in outcomes if low <= outcome.intended_s < high], recorder.window_gaps
+        inside = [outcome for outcome in outcomes if low <= outcome.intended_s < high]
         window = summarise(inside, from_s=low, to_s=high, limits=limits, gaps=gaps)
     verdicts = [verdict(each, inside, window, gaps.statistic) for each in test.objectives if not each.bare]
     return RunResult(

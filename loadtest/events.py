@@ -51,10 +51,9 @@ class Chunk(msgspec.Struct, gc=False):
     usage: Usage | None = None
     error: msgspec.Raw = _ABSENT
 
-    @property
-    def content(self) -> str | None:
-        """Text of this chunk; "" where it bears tokens but no text (a tool call), None where it bears none."""
-        text = None
+    def read(self) -> tuple[str | None, bool]:
+        """(text, whether a choice has finished). Text is "" where it bears tokens but no text (a tool call), None where it bears none."""
+        text, finished = None, False
         for choice in self.choices:
             delta = choice.delta
             piece = choice.text if delta is None else delta.content or delta.reasoning_content or delta.reasoning
@@ -62,11 +61,9 @@ class Chunk(msgspec.Struct, gc=False):
                 text = piece if text is None else text + piece
             elif delta is not None and bytes(delta.tool_calls) not in (b"null", b"[]"):
                 text = text or ""
-        return text
-
-    @property
-    def finished(self) -> bool:
-        return any(choice.finish_reason for choice in self.choices)
+            if choice.finish_reason:
+                finished = True
+        return text, finished
 
 
 _decode = msgspec.json.Decoder(Chunk).decode
@@ -127,28 +124,37 @@ class Chunks:
 
     def feed(self, data: bytes) -> bytes:
         """The payload that is whole by now. Raises BadAnswer."""
-        data = self._rest + data if self._rest else data
-        position = 0
+        if self._rest:
+            data = self._rest + data
+        position, length = 0, len(data)
         parts: list[bytes] = []
-        while (line_end := data.find(b"\r\n", position)) >= 0:
-            try:
-                size = int(data[position:line_end].partition(b";")[0], 16)
-            except ValueError:
-                raise BadAnswer(f"broken chunked encoding: {_excerpt(data[position:line_end])}") from None
+        while position < length and (line_end := data.find(b"\r\n", position)) >= 0:
+            size = _chunk_size(data[position:line_end])
             if size == 0:
                 if data.find(b"\r\n\r\n", line_end) < 0:
                     break
                 self.ended = True
                 return b"".join(parts)
-            start = line_end + 2
-            if len(data) < start + size + 2:
+            end = line_end + 2 + size
+            if length < end + 2:
                 break
-            parts.append(data[start : start + size])
-            position = start + size + 2
-        self._rest = data[position:]
+            parts.append(data[line_end + 2 : end])
+            position = end + 2
+        self._rest = data[position:] if position < length else b""
         if len(self._rest) > MAX_BUFFER_BYTES:
             raise BadAnswer(f"one chunk of more than {MAX_BUFFER_BYTES >> 20} MiB")
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _chunk_size(line: bytes) -> int:
+    try:
+        return int(line, 16)
+    except ValueError:
+        pass
+    try:
+        return int(line.partition(b";")[0], 16)
+    except ValueError:
+        raise BadAnswer(f"broken chunked encoding: {_excerpt(line)}") from None
 
 
 class Events:
@@ -163,6 +169,8 @@ class Events:
         """Those that are whole by now. Raises BadAnswer where one never ends."""
         if self._rest:
             data = self._rest + data
+        elif data[:6] == b"data: " and data.find(b"\n") == len(data) - 2 and data[-1:] == b"\n":
+            return [data[6:-2]]  # one whole event of one line, as nearly all are
         if b"\r" in data:
             data = data.replace(b"\r\n", b"\n")
         events = data.split(b"\n\n")

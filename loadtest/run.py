@@ -32,12 +32,13 @@ LEAST_SLEEP_S = 0.001  # the loop's own resolution
 
 
 class Recorder:
-    """Keeps what ended, and running figures for the live view. window: [from, to) of intended times."""
+    """Keeps what ended, and running figures for the live view. window: [from, to) of intended times, None: the whole run."""
 
-    def __init__(self, *, limits: dict[str, float], window: tuple[float, float]) -> None:
+    def __init__(self, *, limits: dict[str, float], window: tuple[float, float] | None = None) -> None:
         self.limits, self.window = limits, window
         self.outcomes: list[Outcome] = []
-        self.gaps, self.window_gaps = Gaps(), Gaps()
+        self.gaps = Gaps()
+        self.window_gaps = self.gaps if window is None else Gaps()
         self.ttft, self.tpot = Gaps(), Gaps()  # as histograms of single values
         self.ended = self.ok = self.met = 0
         self.tokens = 0
@@ -62,9 +63,9 @@ class Recorder:
             self.last_error = outcome.error
         for histogram, value in ((self.ttft, outcome.ttft_s), (self.tpot, outcome.tpot_s)):
             if value is not None:
-                histogram.add([value], tokens=2)
+                histogram.add_one(value)
         self.gaps.add(exchange.gaps_s, tokens=outcome.tokens)
-        if self.window[0] <= outcome.intended_s < self.window[1]:
+        if self.window is not None and self.window[0] <= outcome.intended_s < self.window[1]:
             self.window_gaps.add(exchange.gaps_s, tokens=outcome.tokens)
         exchange.gaps_s = []
 

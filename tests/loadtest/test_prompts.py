@@ -108,15 +108,15 @@ def test_events_are_the_same_however_the_bytes_are_cut(cuts: list[int], windows:
 
 def test_content_reasoning_and_tool_calls_bear_tokens_and_roles_do_not() -> None:
     def content(delta: dict[str, Any]) -> str | None:
-        return parse_chunk(json.dumps({"choices": [{"delta": delta}]}).encode()).content
+        return parse_chunk(json.dumps({"choices": [{"delta": delta}]}).encode()).read()[0]
 
     assert content({"role": "assistant", "content": ""}) is None
     assert content({"content": "hi"}) == "hi"
     assert content({"reasoning_content": "hm"}) == content({"reasoning": "hm"}) == "hm"
     assert content({"tool_calls": [{"index": 0}]}) == ""
     assert content({"tool_calls": None}) is None
-    assert parse_chunk(b'{"choices": [{"text": "hi"}]}').content == "hi"
-    assert parse_chunk(b'{"choices": [{"text": "", "finish_reason": "stop"}]}').finished
+    assert parse_chunk(b'{"choices": [{"text": "hi"}]}').read() == ("hi", False)
+    assert parse_chunk(b'{"choices": [{"text": "", "finish_reason": "stop"}]}').read() == (None, True)
 
 
 @pytest.mark.parametrize(
