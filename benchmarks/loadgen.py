@@ -1,12 +1,13 @@
 """How many streaming requests one process of the load generator drives on one core, and how late it is: a table and a saved run.
 
-    python benchmarks/loadgen.py [--rates 500,1000,2000,3000,6000] [--seconds 10] [--out benchmarks/results]
+    python benchmarks/loadgen.py [--rates 500,1000,2000,3000,6000] [--seconds 10] [--realtime] [--out benchmarks/results]
 
 The stub server runs in a process of its own on another core, the generator pinned to one. Every answer is 16 tokens, each a
 chunk of its own, the first after 5 ms, the others 5 ms apart: at 2,000 requests a second that is 32,000 chunks a second. Arrivals
 are Poisson, so many come at once. "lag" is the generator's own: actual less intended send time. "ttft_over" is what it
 measures beyond the stub's 5 ms, "core" how much of its core it used. A generator that cannot keep up must say "degraded": that
-is a goal as well. Needs two cores that nothing else uses.
+is a goal as well. Needs two cores that nothing else uses; --realtime (as root) runs both with real-time priority instead, before
+whatever else the machine does.
 """
 
 from __future__ import annotations
@@ -74,20 +75,28 @@ def ms(value: float | None, less: float = 0.0) -> float:
     return float("nan") if value is None else round(value * 1e3 - less, 2)
 
 
+def stub_on(core: int) -> subprocess.Popen[str]:
+    """The stub on a core of its own, with the priority of this process. Its first line is its URL."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "flexpert.loadtest.stub", "--ttft-ms", str(TTFT_MS), "--tpot-ms", str(TPOT_MS)],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rates", default="500,1000,2000,3000,6000")
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--realtime", action="store_true")
     parser.add_argument("--out", type=Path, default=saved_run.RESULTS)
     options = parser.parse_args()
     started = datetime.datetime.now(datetime.UTC)
     cores = sorted(os.sched_getaffinity(0))
-    stub = subprocess.Popen(
-        [sys.executable, "-m", "flexpert.loadtest.stub", "--ttft-ms", str(TTFT_MS), "--tpot-ms", str(TPOT_MS)],
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, {cores[-1]}),
-    )
+    if options.realtime:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))
+    stub = stub_on(cores[-1])
     os.sched_setaffinity(0, {cores[0]})
     try:
         assert stub.stdout is not None
