@@ -29,20 +29,13 @@ from flexpert.cli.output import own_output
 from flexpert.cli.screen import Screen
 from flexpert.controller.journal import read_events
 from flexpert.controller.processes import ProcessId, children, end_all
-from flexpert.controller.runtime_dir import (
-    AlreadyRunning,
-    RuntimeDir,
-    RuntimeDirError,
-    hold_lock,
-    make,
-    write_json,
-)
+from flexpert.controller.runtime_dir import AlreadyRunning, RuntimeDir, RuntimeDirError, hold_lock, make, write_json
 from flexpert.controller.spec import ClusterSpec
 
 log = logging.getLogger(__name__)
 
 WATCH_S = 0.25
-ANSWER_S = 2.0  # then it is looked whether Ray still runs
+ANSWER_S, LOOK_S = 2.0, 0.5  # then it is asked again; meanwhile it is looked how the controller is
 CONTROLLER_RESTART_S = 30.0
 END_GRACE_S, LEAVE_RAY_S = 3.0, 30.0  # asking a dead Ray takes its time
 MAX_RAY_LOSSES, RAY_LOSSES_S = 3, 600.0  # a private Ray that dies more often in that time is not started again
@@ -105,7 +98,7 @@ class _Up:
         self._stop_asked = asyncio.Event()
         self._stop_asked_at_s = 0.0
         self._hurry = asyncio.Event()
-        self._contact = Contact()
+        self._contact = Contact(runtime.controller_pid)
         self._ray: Any = None
         self._ray_lost_s: deque[float] = deque(maxlen=MAX_RAY_LOSSES)
         self._port: int | None = None
@@ -241,8 +234,9 @@ class _Up:
                     return
                 continue
             if state is None:
-                if (told := self._contact.unanswered(ANSWER_S)) is not None:
-                    self._screen.step(told)
+                continue
+            if not state["begun"]:
+                self._contact.heard()
                 continue
             if (replaced := self._contact.answered(state["pid"])) is not None:
                 await self._ask("replaced", *replaced)
@@ -329,10 +323,15 @@ class _Up:
         self._heed_signals()
 
     async def _ask(self, method: str, *arguments: Any) -> dict[str, Any] | None:
-        """The controller's answer; None where there is none in time, or a signal came first."""
+        """The controller's answer; None where there is none in time, or a signal came first. A controller that hangs is ended."""
         waits = {asyncio.create_task(self._call(method, *arguments)), asyncio.create_task(self._hurry.wait())}
-        done, pending = await asyncio.wait(waits, timeout=ANSWER_S, return_when=asyncio.FIRST_COMPLETED)
-        for task in pending:
+        done: set[asyncio.Task[Any]] = set()
+        ends_s = time.monotonic() + ANSWER_S
+        while not done and not self._ray.lost and time.monotonic() < ends_s:
+            done, _ = await asyncio.wait(waits, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+            if not done and (told := self._contact.unanswered(LOOK_S)) is not None:
+                self._screen.step(told)
+        for task in waits - done:
             task.cancel()
         return next((task.result() for task in done if isinstance(task.result(), dict)), None)
 

@@ -17,13 +17,16 @@ from typing import Any
 
 from flexpert.controller import supervision_types as s
 from flexpert.controller import transition_types as t
+from flexpert.controller.autoscaler.bridge import Bridge
 from flexpert.controller.autoscaler.part import PolicyPart
 from flexpert.controller.components import Components, ShapeFailed, ShapeKnown
 from flexpert.controller.conductor import Action, Conductor
 from flexpert.controller.desk import Desk
 from flexpert.controller.errors import AdminError
 from flexpert.controller.journal import Journal
+from flexpert.controller.processes import ProcessId
 from flexpert.controller.runs import first_state, forget_other_run, make_conductor, needed_devices, transition_config
+from flexpert.controller.runtime_dir import write_json
 from flexpert.controller.spec import ClusterSpec
 from flexpert.controller.transition import Transitions
 from flexpert.workers.process_log import open_process_log
@@ -31,6 +34,7 @@ from flexpert.workers.process_log import open_process_log
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5
+BEGIN_S = 1.0  # then `up` is told that this controller lives, and does not know yet
 LOAD_PERIOD_TICKS = 10
 CONTROLLER = "controller"
 ENDING = "the cluster is being ended"
@@ -43,6 +47,8 @@ class Controller:
 
     def __init__(self, *, spec: ClusterSpec, log_path: str) -> None:
         open_process_log(Path(log_path), spec.log_level)
+        with contextlib.suppress(OSError):  # a full disk: `up` learns it from the first answer
+            write_json(spec.runtime.controller_pid, ProcessId.own(CONTROLLER).to_json())
         self._spec = spec
         self._journal = Journal(spec.runtime)
         self._conductor: Conductor
@@ -61,21 +67,19 @@ class Controller:
     # What `flexpert up` calls
 
     async def watch(self, after: int, timeout_s: float) -> dict[str, Any]:
-        """Wait until something happened that is newer than event number `after`, at most timeout_s; tells where the cluster stands."""
-        await self._ensure_running()
+        """Wait for what is newer than event number `after`, at most timeout_s; tells where the cluster stands, once that has "begun"."""
+        try:
+            await asyncio.wait_for(self._ensure_running(), BEGIN_S)
+        except TimeoutError:
+            return {"begun": False}
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout_s)
         self._changed.clear()
         return {
-            "events": [event for event in self._journal.events if event["sequence"] > after],
-            "last": self._journal.last,
-            "progress": dict(self._components.progress),
-            "ready": self._conductor.ready,
-            "port": self._components.port,
-            "given_up": self._given_up,
-            "stopped": self._stopped,
-            "pid": os.getpid(),
-        }
+            "begun": True, "events": [event for event in self._journal.events if event["sequence"] > after], "last": self._journal.last,
+            "progress": dict(self._components.progress), "ready": self._conductor.ready, "port": self._components.port,
+            "given_up": self._given_up, "stopped": self._stopped, "pid": os.getpid(),
+        }  # fmt: skip
 
     async def replaced(self, reason: str, seconds: float) -> None:
         """This controller took the place of one that is gone for that reason, so long after its last answer."""
@@ -185,12 +189,8 @@ class Controller:
             for transition_id, began_s in facts.transition_began_s.items():
                 self._desk.began(transition_id, now_s=began_s)
             self._components = Components(
-                self._spec,
-                send=self._queue.put_nowait,
-                tell=self._tell_of_components,
-                shape=facts.model,
-                managers=facts.managers,
-            )
+                self._spec, send=self._queue.put_nowait, tell=self._tell_of_components, shape=facts.model, managers=facts.managers
+            )  # fmt: skip
             self._conductor = make_conductor(self._spec, facts, await self._components.place(facts.nodes))
             self._components.need_devices(needed_devices(self._spec, self._conductor))
             found = await self._components.find(dict(facts.processes), facts.generation)
@@ -203,10 +203,10 @@ class Controller:
                 self._take(t.Resumed(tuple(workers.items())))
                 for worker_id, process in workers.items():
                     self._components.members.follow(worker_id, process)
-            self._policy = PolicyPart(
+            self._policy = PolicyPart(Bridge(
                 spec=self._spec, journal=self._journal, conductor=self._conductor, ask=self._components.ask, progress=self._progress,
                 request=self._request, send=self._queue.put_nowait, tell=self._tell,
-            )  # fmt: skip
+            ))  # fmt: skip
             self._policy.start()
             self._begun.set()
             self._ticking = asyncio.create_task(self._tick())

@@ -49,6 +49,21 @@ class ProcessId:
         """Whether it runs; a zombie has ended."""
         return _start_ticks(self.pid) == self.start_ticks
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal stopped it (SIGSTOP) and none has let it go on."""
+        fields = _stat_fields(self.pid)
+        return fields is not None and fields[0] == "T" and int(fields[19]) == self.start_ticks
+
+    def active_s(self) -> dict[int, float]:
+        """Thread -> seconds since it began in which it computed or waited for a core; what waits for anything else is not active."""
+        found = {}
+        for path in Path(f"/proc/{self.pid}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError):
+                ran_ns, waited_ns, _ = path.read_text().split()
+                found[int(path.parent.name)] = (int(ran_ns) + int(waited_ns)) / 1e9
+        return found
+
     def open(self) -> int | None:
         """A pidfd of exactly this process, readable once it has ended; None where it is gone. The caller closes it."""
         try:

@@ -54,6 +54,11 @@ class RuntimeDir:
         return self.path / "controller.json"
 
     @property
+    def controller_pid(self) -> Path:
+        """Written by the controller as it begins: which process it is."""
+        return self.path / "controller.pid.json"
+
+    @property
     def events(self) -> Path:
         """Written by the controller, one JSON object a line."""
         return self.path / "events.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -76,3 +77,36 @@ def test_pid_without_a_process_is_nobody(child: subprocess.Popen[str]) -> None:
     child.kill()
     child.wait(10)
     assert ProcessId.of(child.pid) is None
+
+
+def test_thread_that_computes_is_active_and_one_that_waits_is_not() -> None:
+    code = (
+        "import threading; threading.Thread(target=input).start()\n"
+        "print(threading.enumerate()[1].native_id, flush=True)\n"
+        "while True: pass"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as busy:
+        try:
+            assert busy.stdout is not None
+            waiting = int(busy.stdout.readline())
+            found = ProcessId.of(busy.pid)
+            assert found is not None
+            began_s = found.active_s()
+            while (now_s := found.active_s())[busy.pid] < began_s[busy.pid] + 0.05:
+                pass
+            assert now_s[waiting] < began_s[waiting] + 0.05
+        finally:
+            busy.kill()
+
+
+def test_stopped_process_is_told_from_one_that_runs(child: subprocess.Popen[str]) -> None:
+    found = ProcessId.of(child.pid)
+    assert found is not None
+    assert not found.stopped
+    found.signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+    assert found.stopped
+    assert found.alive
+    assert not replace(found, start_ticks=found.start_ticks + 1).stopped
