@@ -76,6 +76,7 @@ def explain(found: dict[str, Any]) -> str:
     action, would = found["action"], found["would"]
     if action:
         following = f"transition {found['transition_id']}" if found.get("transition_id") else "not begun"
+        following = f"refused: {found['refused']}" if found.get("refused") else following
         rows.append(("ordered", f"{action['kind']} {action['from_workers']} -> {action['target']} ({following})"))
     elif would:
         rows.append(

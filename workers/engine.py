@@ -11,6 +11,7 @@ next step. Nothing here knows about sockets: outputs go to the `emit` callback o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -88,8 +89,10 @@ class Engine:
         self._put(owner, cancel)
 
     def join(self, owner: Owner) -> None:
-        """From here on `owner` gets Stats."""
+        """From here on `owner` gets Stats, also where nothing is computed: the first ones now."""
         self._owners.add(owner)
+        with contextlib.suppress(RuntimeError):  # it has stopped
+            self.call(lambda: self._send_stats(force=True))
 
     def leave(self, owner: Owner) -> None:
         """The owner is gone: cancel all that it has here."""

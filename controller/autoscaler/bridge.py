@@ -1,4 +1,4 @@
-"""The loop's view of the controller: facts from its machines, loads from the gateway, orders through its transitions.
+"""The autoscaler's view of the controller: facts from its machines, loads from the gateway, orders through its transitions.
 
 Made by the controller, which lends it what it needs. Everything is read at the moment it is asked.
 """
@@ -40,9 +40,15 @@ class Bridge:
         send: Callable[[t.Event], None],
         tell: Callable[..., None],
     ) -> None:
-        self._spec, self._journal, self._conductor = spec, journal, conductor
-        self._ask, self._progress, self._request, self._send = ask, progress, request, send
-        self.tell = tell
+        self.spec, self.request, self.tell = spec, request, tell
+        self._journal, self._conductor = journal, conductor
+        self._ask, self._progress, self._send = ask, progress, send
+
+    @property
+    def size(self) -> int:
+        """Members of the epoch."""
+        transitions = self._conductor.transitions
+        return 0 if transitions is None else len(transitions.state.members)
 
     def facts(self) -> ClusterFacts | None:
         transitions = self._conductor.transitions
@@ -55,7 +61,7 @@ class Bridge:
             serving=transitions.state.members,
             absent=frozenset(transitions.state.dead),
             progress=progress,
-            devices=min(self._spec.max_workers, len(self._spec.worker_ids)),
+            devices=min(self.spec.max_workers, len(self.spec.worker_ids)),
             timings=self._conductor.timings.to_json(),
         )
 
@@ -77,7 +83,7 @@ class Bridge:
             transitions.config,
             kv_used_tokens=kv_used_tokens,
             kv_token_bytes=self._journal.facts.model.get("kv_token_bytes", 0),
-            kv_bytes_max=self._spec.kv_bytes,
+            kv_bytes_max=self.spec.kv_bytes,
         )
 
     async def load(
@@ -88,7 +94,7 @@ class Bridge:
     async def scale(self, workers: int, request_id: str) -> dict[str, Any]:
         """Once it was asked for, it is seen to its answer also where nobody waits any longer: a size is never half asked for."""
         return await asyncio.shield(
-            asyncio.ensure_future(self._request(t.Request("scale", request_id, workers=workers)))
+            asyncio.ensure_future(self.request(t.Request("scale", request_id, workers=workers)))
         )
 
     def give_up(self, transition_id: str) -> bool:

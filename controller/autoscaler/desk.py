@@ -12,11 +12,9 @@ from typing import Any
 from flexpert.controller.autoscaler.dry_run import NothingRecorded, dry_run
 from flexpert.controller.autoscaler.loop import Autoscaler, one_line, request_id
 from flexpert.controller.autoscaler.override import HOLD_S, LONGEST_S, MODES
-from flexpert.controller.autoscaler.schedule import read_schedule
 from flexpert.controller.autoscaler.source import UnusablePolicy, read_policy
 from flexpert.controller.errors import AdminError
 from flexpert.controller.policy.record import RecordError
-from flexpert.controller.policy.spec import ScheduleSignal
 
 NO_POLICY = "this cluster has no policy: start it with `flexpert up --policy FILE`, or put one by PUT /admin/v1/policy"
 WORDS = ("show", "decisions", "decision", "pause", "resume", "mode", "put", "dry_run")
@@ -183,6 +181,9 @@ class PolicyDesk:
         return policy is not None and autoscaler.controls.effective(policy.spec.mode, autoscaler.clock()) == "Active"
 
     def _check_bounds(self, workers: int) -> None:
+        from flexpert.controller.autoscaler.schedule import read_schedule
+        from flexpert.controller.policy.spec import ScheduleSignal
+
         policy, now_s = self._autoscaler.policy, self._autoscaler.clock()
         assert policy is not None
         spec = policy.spec

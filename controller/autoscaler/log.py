@@ -28,15 +28,17 @@ MAX_KEPT = 2000  # decisions in memory
 
 @dataclass(slots=True)
 class Entry:
-    """A decision, the transition that it began ("" where none), and its outcome once it is known."""
+    """A decision, the transition that it began ("" where none), or why its order was not taken, and its outcome once it is known."""
 
     decision: Decision
     transition_id: str = ""
+    refused: str = ""
     outcome: Outcome | None = None
 
     def to_json(self) -> dict[str, Any]:
         found: dict[str, Any] = msgspec.to_builtins(self.decision)
         found["transition_id"] = self.transition_id or None
+        found["refused"] = self.refused or None
         found["outcome"] = None if self.outcome is None else msgspec.to_builtins(self.outcome)
         return found
 
@@ -72,7 +74,20 @@ class DecisionLog:
 
     def ordered(self, decision_id: str, transition_id: str) -> None:
         if (entry := self._entries.get(decision_id)) is not None:
-            entry.transition_id = transition_id
+            entry.transition_id, entry.refused = transition_id, ""
+
+    def refused(self, decision_id: str, reason: str) -> None:
+        """The order of this decision was not taken; another try may be."""
+        if (entry := self._entries.get(decision_id)) is not None:
+            entry.refused = reason
+
+    def orders(self) -> dict[str, list[str]]:
+        """What became of orders, for `load`: decision -> transition and refusal."""
+        return {
+            name: [entry.transition_id, entry.refused]
+            for name, entry in self._entries.items()
+            if entry.transition_id or entry.refused
+        }
 
     def measure(
         self, seen: Mapping[str, Any], *, workers: int, state_of: Callable[[str], str], now_s: float, after_s: float
@@ -100,8 +115,8 @@ class DecisionLog:
                 found += path.read_bytes().splitlines()
         return found
 
-    def load(self) -> None:
-        """Take over what an earlier controller of this run wrote; a line cut short by its end is left out."""
+    def load(self, orders: Any = None) -> None:
+        """Take over what an earlier controller of this run wrote; a line cut short is left out. orders: as `orders` gave them."""
         for line in self.lines():
             try:
                 (found,) = record.read([line])
@@ -112,6 +127,9 @@ class DecisionLog:
             elif isinstance(found, record.Measured) and found.outcome.decision_id in self._entries:
                 self._entries[found.outcome.decision_id].outcome = found.outcome
                 self._unmeasured.pop(found.outcome.decision_id, None)
+        for name, (transition_id, refused) in (orders or {}).items():
+            if (entry := self._entries.get(name)) is not None:
+                entry.transition_id, entry.refused = str(transition_id), str(refused)
 
     def forget(self) -> None:
         """What is on disk is another run's: it stays readable as the old file."""
@@ -160,6 +178,9 @@ def _outcome(entry: Entry, seen: Mapping[str, Any], *, workers: int, state: str,
         parts.append(f"p95 to the first token {seen['ttft_s']:.3g} s")
     if state:
         parts.append(f"{entry.transition_id} {state}")
+    elif entry.refused:
+        state = "failed"
+        parts.append(f"the order was refused: {entry.refused}")
     return Outcome(
         decision_id=entry.decision.decision_id, at_s=now_s, workers=workers, met=met, missed=missed, ttft_s=seen["ttft_s"],
         tpot_s=seen["tpot_s"], transition=state, text=", ".join(parts),  # type: ignore[arg-type]

@@ -16,22 +16,23 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from flexpert.controller.autoscaler import forecast
 from flexpert.controller.autoscaler.lease import Lease
 from flexpert.controller.autoscaler.log import DecisionLog
 from flexpert.controller.autoscaler.observe import ClusterFacts, Observer
 from flexpert.controller.autoscaler.override import Controls
-from flexpert.controller.autoscaler.signals import Expect, Signals
 from flexpert.controller.autoscaler.source import Change, PolicySource
 from flexpert.controller.errors import AdminError
 from flexpert.controller.policy.decide import decide
-from flexpert.controller.policy.spec import ScalingPolicy
 from flexpert.controller.policy.types import Decision, Mode, Observation, Plan, PolicyConfig, Reason, State
 from flexpert.controller.runtime_dir import read_json, write_bytes
+
+if TYPE_CHECKING:
+    from flexpert.controller.autoscaler.signals import Expect, Signals
+    from flexpert.controller.policy.spec import ScalingPolicy
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class Autoscaler:
         run: str,
         clock: Callable[[], float] | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        expect: Expect = forecast.expect,
+        expect: Expect | None = None,
     ) -> None:
         self._cluster, self._directory, self._run = cluster, directory, run
         self.clock, self._sleep, self._expect = clock or steady_clock(), sleep, expect
@@ -272,13 +273,16 @@ class Autoscaler:
                 progress = await self._cluster.scale(plan.target, request_id(decision_id))
             self._confirmed = decision_id
             self.log.ordered(decision_id, str(progress.get("transition_id") or ""))
+            self._save()
         except AdminError as error:
+            self.log.refused(decision_id, error.message)
             if (
                 error.code == "conflict"
             ):  # a repair, most likely: this order is given again after it, or given up at its deadline
                 log.info("the order of %s has to wait: %s", decision_id, error.message)
                 return
             self._confirmed = decision_id
+            self._save()
             self._observer.refused(
                 order_id=decision_id, from_workers=plan.from_workers, to_workers=plan.target, reason=error.message,
                 now_s=self.clock(),
@@ -321,6 +325,8 @@ class Autoscaler:
         self._save()
 
     def _use(self, policy: ScalingPolicy) -> None:
+        from flexpert.controller.autoscaler.signals import Signals
+
         saved = self._restored.get("history") if self._signals is None else self._signals.to_json()
         if self._signals is not None:
             self._closing = asyncio.get_running_loop().create_task(self._signals.close())
@@ -339,6 +345,7 @@ class Autoscaler:
             "controls": self.controls,
             "source": self.source.to_json(),
             "observer": self._observer.to_json(),
+            "orders": self.log.orders(),
             "history": None if self._signals is None else self._signals.to_json(),
         }
         try:
@@ -354,7 +361,7 @@ class Autoscaler:
                 self.log.forget()
             return
         self._restored = found
-        self.log.load()
+        self.log.load(found.get("orders"))
         self.source.restore(found.get("source"))
         self.controls = msgspec.convert(found["controls"], Controls)
         self._observer = Observer(restarted_at_s=self.clock(), saved=found.get("observer"))

@@ -27,9 +27,9 @@ class Signals:
     """Those of one policy. saved: the load history that `to_json` gave. clock: unix time."""
 
     def __init__(
-        self, policy: ScalingPolicy, *, clock: Callable[[], float], saved: Any = None, expect: Expect = forecast.expect
+        self, policy: ScalingPolicy, *, clock: Callable[[], float], saved: Any = None, expect: Expect | None = None
     ) -> None:
-        self._clock, self._expect = clock, expect
+        self._clock, self._expect = clock, expect or forecast.expect
         self._signals = {signal.name: signal for signal in policy.spec.signals}
         self._readings: dict[str, tuple[Reading, float]] = {}  # with when it was taken
         self._tasks: dict[str, asyncio.Task[Reading]] = {}

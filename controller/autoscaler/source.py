@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flexpert.controller.autoscaler import forecast
-from flexpert.controller.policy.parse import PolicyError, parse_policy
-from flexpert.controller.policy.spec import ForecastSignal, ScalingPolicy
+if TYPE_CHECKING:
+    from flexpert.controller.policy.spec import ScalingPolicy
 
 MAX_BYTES = 1 << 20
 
@@ -18,7 +17,11 @@ class UnusablePolicy(ValueError):
 
 
 def read_policy(text: str) -> ScalingPolicy:
-    """A policy that can be used here. Raises UnusablePolicy."""
+    """A policy that can be used here. Raises UnusablePolicy. Imports what knows policies: a controller without one starts without that."""
+    from flexpert.controller.autoscaler import forecast
+    from flexpert.controller.policy.parse import PolicyError, parse_policy
+    from flexpert.controller.policy.spec import ForecastSignal
+
     try:
         policy = parse_policy(text)
     except PolicyError as error:

@@ -29,9 +29,16 @@ def gateway_load(
     window.slo = slo
     outputs = [choice.sink for choice in pool.live if isinstance(choice.sink, ChoiceOutput)]
     waiting_s = [now_s - output.arrived_s for output in outputs if output.first_token_s is None]
+    queued_s = [
+        now_s - choice.sink.arrived_s for choice in pool.live.waiting if isinstance(choice.sink, ChoiceOutput) and not choice.sink.submitted
+    ]  # fmt: skip
     running = [output.tpot_s for output in outputs if output.completion_tokens >= _TPOT_FROM_TOKENS]
     traffic = window.look(
-        now_s, window_s=window_s, waiting_s=waiting_s, running_tpot_s=[seconds for seconds in running if seconds]
+        now_s,
+        window_s=window_s,
+        waiting_s=waiting_s,
+        queued_s=queued_s,
+        running_tpot_s=[seconds for seconds in running if seconds],
     )
     return {
         "traffic": {**traffic, "live": len(pool.live), "waiting": len(waiting_s)},

@@ -61,7 +61,7 @@ class ChoiceOutput:
         self.prompt_logprobs: PromptLogprobs | None = None
         self.told_finish = False
         self._last_token_s = 0.0
-        self._submitted = False
+        self.submitted = False
         self._params = params
         self._stop_ids = frozenset(params.stop_token_ids)
         self._detokenizer = detokenizer
@@ -100,8 +100,8 @@ class ChoiceOutput:
     # ChoiceSink
 
     def on_submitted(self, now_s: float) -> None:
-        if not self._submitted:
-            self._submitted = True
+        if not self.submitted:
+            self.submitted = True
             self._metrics.queue_time.observe(now_s - self.arrived_s)
             self._metrics.window.queued(now_s, now_s - self.arrived_s)
 

@@ -91,10 +91,17 @@ class LoadWindow:
     # What it was like
 
     def look(
-        self, now_s: float, *, window_s: float, waiting_s: Iterable[float] = (), running_tpot_s: Iterable[float] = ()
+        self,
+        now_s: float,
+        *,
+        window_s: float,
+        waiting_s: Iterable[float] = (),
+        queued_s: Iterable[float] = (),
+        running_tpot_s: Iterable[float] = (),
     ) -> dict[str, Any]:
         """The last window_s, at most LONGEST_S. waiting_s: ages of live choices without a token: one that is later than the target already
-        counts as missed, and with its age so far. running_tpot_s: of choices that go on. Percentiles are None without a sample."""
+        counts as missed, and with its age so far. queued_s: of those that no worker has yet: one that waits longer than the others did
+        counts with its age. running_tpot_s: of choices that go on. Percentiles are None without a sample."""
         since_s = min(window_s, LONGEST_S, max(0.0, now_s - self._began_s))
         slots = [slot for slot in self._slots if slot.second + 1 > now_s - since_s]
         total = Slot(0)
@@ -103,6 +110,8 @@ class LoadWindow:
                 counts.update(more)
         overdue = [age for age in waiting_s if self.slo is not None and not self.within(ttft_s=age, tpot_s=None)]
         total.ttft.update(_bucket(age) for age in overdue)
+        usual_s = percentile(total.queue, 0.95) or 0.0
+        total.queue.update(_bucket(age) for age in queued_s if age > usual_s)
         total.tpot.update(_bucket(seconds) for seconds in running_tpot_s)
         per_s = 1.0 / since_s if since_s > 0 else 0.0
         return {

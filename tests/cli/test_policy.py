@@ -94,6 +94,8 @@ def test_show_and_explain(server: Any) -> None:
         assert "kv_utilization asks for 4 workers: 90% of the KV is used" in text
         assert "scaleUp: 5 -> 4 workers, at most 2 in 15 s" in text
         assert "grow 2 -> 4 (transition t-3)" in text and "not measured yet" in text
+    refused = policy_view.explain({**DECISION, "transition_id": None, "refused": "no room for 4"})
+    assert "grow 2 -> 4 (refused: no room for 4)" in refused
     assert run("explain", "--last", "5").startswith("d-7 at ")
     with pytest.raises(CommandError, match="no such decision"):
         run("explain", "d-9")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -269,18 +270,21 @@ threading.Event().wait(60)
     assert "this worker ends for a replacement" in ended.stderr
 
 
-def test_the_last_stats_of_an_idle_worker_say_so(model_dir):
+def test_an_idle_worker_tells_its_numbers_at_once_and_after_its_last_step(model_dir):
     worker = in_process(model_dir)
-    frames: list = []
-    worker.tap("tap", frames.append)
+    frames: queue.SimpleQueue = queue.SimpleQueue()
+    worker.tap("tap", frames.put)
     worker.start()
     try:
         worker.engine.join("tap")
+        first = frames.get(timeout=60)
         worker.engine.submit("tap", submits(GREEDY)[0])
         asyncio.run(read_tokens(worker.address, submits(GREEDY)[1:]))
     finally:
         worker.stop()
-    last = [frame for frame in frames if isinstance(frame, Stats)][-1]
+    assert isinstance(first, Stats) and first.kv_capacity_tokens > 0
+    rest = [frames.get() for _ in range(frames.qsize())]
+    last = [frame for frame in rest if isinstance(frame, Stats)][-1]
     assert (last.running, last.waiting, last.kv_used_tokens) == (0, 0, 0)
 
 

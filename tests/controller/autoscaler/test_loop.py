@@ -88,6 +88,19 @@ async def test_a_refused_order_is_told_and_not_hammered(world: World) -> None:
     assert world.autoscaler.last is not None and world.autoscaler.last.reason is Reason.RETRY_LATER
 
 
+async def test_a_refused_order_stays_with_its_decision_through_a_restart(world: World) -> None:
+    world.cluster.refusal = AdminError("impossible", "3 workers cannot hold the model")
+    await overload(world)
+    ((_, request_id),) = world.cluster.orders
+    decision_id = request_id.removeprefix("policy-")
+    world.autoscaler = world.make()
+    entry = world.autoscaler.log.find(decision_id)
+    assert entry is not None and entry.to_json()["refused"] == "3 workers cannot hold the model"
+    await world.run_for(OUTCOME_AFTER_S + 20)
+    assert entry.outcome is not None and entry.outcome.transition == "failed"
+    assert "refused: 3 workers cannot hold" in entry.outcome.text
+
+
 async def test_a_refusal_after_earlier_transitions_counts_as_well(world: World) -> None:
     world.autoscaler.controls.hold(2, until_s=world.clock.now_s + 30, owner="ada")
     await world.run_for(30)
@@ -103,9 +116,12 @@ async def test_a_conflict_is_waited_out_with_the_same_order(world: World) -> Non
     world.cluster.refusal = AdminError("conflict", "a repair comes first")
     await overload(world)
     world.cluster.refusal = None
+    ordered = next(one for one in world.autoscaler.log.entries if one.decision.action is not None)
+    assert ordered.refused == "a repair comes first"
     await world.run_for(20)
     assert len({request for _, request in world.cluster.orders}) == 1
     assert world.cluster.workers == 3
+    assert (ordered.transition_id, ordered.refused) == ("t-1", "")
 
 
 @pytest.mark.parametrize("mode", ["Advisory", "Paused"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -166,3 +168,10 @@ async def test_without_a_policy_nothing_runs_until_one_is_put(runtime: RuntimeDi
     await controller.policy("put", {"text": POLICY, "owner": "ada"})
     await until(controller, lambda: gateway.asked > 1)
     await controller._policy.stop()
+
+
+def test_a_controller_without_a_policy_starts_without_what_reads_policies() -> None:
+    """Pydantic's models alone take a third of a second, and a cluster waits for its controller."""
+    script = "import sys, flexpert.controller.controller; print(*{'pydantic', 'statsmodels'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == ""

@@ -67,6 +67,17 @@ def test_choices_that_wait_too_long_count_before_they_end() -> None:
     assert judged(window, 10.0) == (0, 0), "looking leaves nothing behind"
 
 
+def test_a_queue_that_nobody_leaves_is_seen_as_long_as_it_is() -> None:
+    window = LoadWindow(began_s=0.0)
+    assert window.look(10.0, window_s=10.0, queued_s=[0.02, 4.0])["queue_s"] == pytest.approx(4.0, rel=0.03)
+    for _ in range(18):
+        window.queued(9.0, 0.5)
+    found = window.look(10.0, window_s=10.0, queued_s=[0.1] * 100)["queue_s"]
+    assert found == pytest.approx(0.5, rel=0.03), "those that have only come say nothing yet"
+    assert window.look(10.0, window_s=10.0, queued_s=[4.0, 4.0])["queue_s"] == pytest.approx(4.0, rel=0.03)
+    assert window.look(10.0, window_s=10.0)["queue_s"] == pytest.approx(0.5, rel=0.03), "looking leaves nothing behind"
+
+
 def test_without_an_slo_nothing_is_judged() -> None:
     window = LoadWindow(began_s=0.0)
     window.ended(1.0, outcome="failed", ttft_s=None, tpot_s=None, waited_s=9.0)
