@@ -8,6 +8,8 @@ The model's next token is a function of the history, so the tokens of every requ
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import reduce
+from itertools import accumulate
 from random import Random
 
 from flexpert.hbm.ops import Claim, Map, Unmap
@@ -18,27 +20,34 @@ from flexpert.workers.scheduler import Scheduler, SchedulerConfig
 from flexpert.workers.step import CopyTokens, MemoryOp, Row, StepPlan
 
 VOCAB = 3  # small, so that prompts and outputs collide
+EMPTY = 7  # the history of no token
 
 
 def histories(tokens: list[int]) -> list[int]:
     """For each position the name of everything up to and including it."""
-    names, name = [], 7
-    for token in tokens:
-        name = hash((name, token))
-        names.append(name)
-    return names
+    return list(accumulate(tokens, extend, initial=EMPTY))[1:]
+
+
+def extend(name: int, token: int) -> int:
+    return hash((name, token))
 
 
 def next_token(tokens: list[int], seed: int) -> int:
-    return abs(hash((histories(tokens)[-1], seed))) % VOCAB
+    return _follows(histories(tokens)[-1], seed)
+
+
+def _follows(name: int, seed: int) -> int:
+    return abs(hash((name, seed))) % VOCAB
 
 
 def expected_output(frame: Submit) -> tuple[list[int], str]:
     """The tokens and the reason to end of a request on an idle worker."""
     output: list[int] = []
     params = frame.params
+    name = reduce(extend, frame.prompt_token_ids, EMPTY)
     while len(output) < params.max_tokens:
-        output.append(next_token(frame.prompt_token_ids + output, params.seed))
+        output.append(_follows(name, params.seed))
+        name = extend(name, output[-1])
         if output[-1] in params.stop_token_ids and len(output) > params.min_tokens:
             return output, "stop"
     return output, "length"
@@ -114,8 +123,15 @@ class Arena:
 
     def holds(self, slot: int, names: list[int]) -> bool:
         """Whether the slot begins with the KV of these histories."""
-        width = self.geometry.kv_token_bytes
-        return all(self.read(slot, t * width + j) == (name, j) for t, name in enumerate(names) for j in range(width))
+        there = [(name, j) for name in names for j in range(self.geometry.kv_token_bytes)]
+        return self._from_start(slot, len(there)) == there
+
+    def _from_start(self, slot: int, length: int) -> list[object]:
+        if not self.geometry.shareable:
+            return self.plain[slot][:length]
+        granules = self.mapped[slot][: -(-length // self.geometry.granule_bytes)]
+        assert len(granules) * self.geometry.granule_bytes >= length, f"slot {slot}: byte {length - 1} is not backed"
+        return [value for granule in granules for value in self.bytes[granule]][:length]
 
     def compute(self, row: Row, tokens: list[int]) -> None:
         """Attention of a row: reads what stands before it, writes its own."""
