@@ -81,10 +81,12 @@ class Journal:
     def tell(self, kind: str, text: str, **details: Any) -> dict[str, Any]:
         """Add an event; returns it."""
         self._sequence += 1
-        event = {"sequence": self._sequence, "time_s": round(time.time(), 3), "kind": kind, "text": text, **details}
+        told = {"sequence": self._sequence, "time_s": round(time.time(), 3), "kind": kind, "text": text, **details}
+        line = json.dumps(told)
+        event: dict[str, Any] = json.loads(line)  # as it is read back
         self.events.append(event)
         del self.events[:-MAX_EVENTS_KEPT]
-        self._unwritten += json.dumps(event).encode() + b"\n"
+        self._unwritten += line.encode() + b"\n"
         try:
             self._write()
         except OSError as error:

@@ -245,15 +245,15 @@ class Members:
         self._send(t.Failed(order.worker_id, order.process, step, failure["message"], number, failure["permanent"]))
         return True
 
-    async def report_progress(self, order: Any) -> None:
+    async def report_progress(self, order: t.StartWorker | t.Prepare) -> None:
         """Until cancelled: how many bytes the worker has read, for the screen and for whoever follows the transition."""
-        told = -1
+        told, step = -1, "prepare" if isinstance(order, t.Prepare) else "start"
         while True:
-            done_bytes, total_bytes = await self._call(order.process, "progress")
+            done_bytes, total_bytes = await self._call(order.process, "progress", step)
             self.progress[order.worker_id] = (done_bytes, total_bytes)
             if done_bytes != told:
                 told = done_bytes
-                self._send(t.Moved(order.worker_id, order.process, done_bytes))
+                self._send(t.Moved(order.worker_id, order.process, step, done_bytes, _number_of(order)))
             await asyncio.sleep(PROGRESS_PERIOD_S)
 
 

@@ -108,10 +108,8 @@ class Transitions:
                 self._process_ready(worker, process)
             case WorkerStarted():
                 self._started(event)
-            case Moved(worker, process, moved_bytes):
-                part = self.losses.part(worker, process)
-                if part and not part.done:
-                    part.moved_bytes = max(part.moved_bytes, part.settled_bytes + moved_bytes)
+            case Moved():
+                self._moved(event)
             case Prepared(worker, process, number, moved_bytes, seconds):
                 self._answered(worker, process, "prepare", number, moved_bytes=moved_bytes, seconds=seconds)
             case Committed(worker, process, number, pause_s, kv_moved_bytes):
@@ -174,6 +172,14 @@ class Transitions:
             self.state.missing[worker] = process
         else:
             self.course.order(Release(worker, process))
+
+    def _moved(self, event: Moved) -> None:
+        """Of another step or epoch it came late, and is counted already. Only experts count."""
+        part, running = self.losses.part(event.worker_id, event.process), self.state.running
+        if not part or not running or part.done or part.step != event.step or event.number not in (0, running.number):
+            return
+        dense_bytes = self.config.model.dense_bytes if event.step == "start" else 0
+        part.moved_bytes = max(part.moved_bytes, part.settled_bytes + event.moved_bytes - dense_bytes)
 
     def _started(self, event: WorkerStarted) -> None:
         part = self.losses.part(event.worker_id, event.process)

@@ -113,11 +113,13 @@ class WorkerStarted:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """How far a Prepare or a StartWorker is; for people only."""
+    """How far a StartWorker (the dense weights counted too) or the Prepare of epoch `number` is; for people only."""
 
     worker_id: str
     process: str
+    step: str
     moved_bytes: int
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ class WorkerActor:
         self._worker: Any = None
         self._is_warm = False
         self._serving = False  # a worker that is still loading, or could not start, is none yet
-        self._progress = (0, 0)
+        self._progress = ("", 0, 0)  # of this step
 
     async def warm(self, model_dir: str, device: str, urgent: bool = True) -> dict[str, Any]:
         """Do all that needs no memory of the device manager; returns the process id and the seconds it took.
@@ -125,6 +125,7 @@ class WorkerActor:
     async def start(self, config: dict[str, Any]) -> dict[str, Any]:
         """Become the worker that `config` (fields of workers.process.WorkerConfig) describes; returns its status, or the failure."""
         began_s = time.monotonic()
+        self._progress = ("start", 0, 0)
         failure = await asyncio.to_thread(self._start, config)
         if failure is not None:
             return {"failure": failure.to_json()}
@@ -142,15 +143,16 @@ class WorkerActor:
         return None
 
     def _note_progress(self, done_bytes: int, total_bytes: int) -> None:
-        self._progress = (done_bytes, total_bytes)
+        self._progress = ("start", done_bytes, total_bytes)
 
     async def is_warm(self) -> bool:
         """Whether it was warmed and is no worker."""
         return self._is_warm and self._worker is None
 
-    async def progress(self) -> tuple[int, int]:
-        """Bytes of weights loaded, bytes in all; (0, 0) before loading begins."""
-        return self._progress
+    async def progress(self, step: str) -> tuple[int, int]:
+        """Bytes of weights loaded in this step ("start" or "prepare"), bytes in all; (0, 0) before that or at another step."""
+        at, done_bytes, total_bytes = self._progress
+        return (done_bytes, total_bytes) if at == step else (0, 0)
 
     async def pid(self) -> int:
         return os.getpid()
@@ -163,7 +165,7 @@ class WorkerActor:
 
     async def prepare(self, epoch: bytes, sources: list[Any], deadline_s: float) -> dict[str, Any]:
         """Make this epoch ready beside the current one: {"moved_bytes", "loaded_bytes", "seconds": {phase: s}}."""
-        self._progress = (0, 0)  # what an earlier load moved is not this epoch's
+        self._progress = ("prepare", 0, 0)
         return await self._step(lambda worker: worker.prepare(epoch, sources, deadline_s))
 
     async def commit(self, epoch_number: int, deadline_s: float) -> dict[str, Any]:
@@ -184,7 +186,7 @@ class WorkerActor:
             return {"freed_bytes": 0}
         answer = await self._step(lambda worker: worker.release())
         if "failure" not in answer:
-            self._worker, self._serving, self._progress = None, False, (0, 0)
+            self._worker, self._serving, self._progress = None, False, ("", 0, 0)
             await asyncio.to_thread(gc.collect)  # modules refer to each other: a process that waits may wait for long
         return answer
 

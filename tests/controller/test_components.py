@@ -235,10 +235,11 @@ async def test_worker_is_started_with_its_epoch_and_asked_for_trouble(monkeypatc
 
 
 async def test_bytes_are_told_while_a_step_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
-    components, _, queue = await with_process({"prepare": None, "progress": (3, 4)}, monkeypatch)
+    components, ray, queue = await with_process({"prepare": None, "progress": (3, 4)}, monkeypatch)
     components.members.prepare(t.Prepare("worker-0", "process-0", EPOCH, (), 9.0))
-    assert await next_event(queue) == t.Moved("worker-0", "process-0", 3)
+    assert await next_event(queue) == t.Moved("worker-0", "process-0", "prepare", 3, EPOCH.number)
     assert components.progress == {"worker-0": (3, 4)}
+    assert ("progress", "prepare") in ray.calls
 
 
 async def test_worker_that_was_started_by_an_earlier_controller_is_not_started_twice(

@@ -677,11 +677,15 @@ def test_bytes_of_all_steps_of_a_worker_are_told_and_kv_apart() -> None:
     world.request("scale", 2)
     world.answer(orders(world, GiveProcess)["worker-1"])
     start = orders(world, StartWorker)["worker-1"]
-    world.send(Moved("worker-1", start.process, 70))  # with the dense weights, that do not count
+    world.send(Moved("worker-1", start.process, "start", 70))
+    assert world.machine.progress().moved_bytes == 20, "the 50 of the dense weights do not count"
     started = WorkerStarted("worker-1", start.process, "e", "s", "m:worker-1", moved_bytes=50)
     world.send(started)
     number = world.machine.progress().epoch
-    world.send(Moved("worker-1", start.process, 10))
+    for step, other in (("start", 0), ("prepare", number - 1)):
+        world.send(Moved("worker-1", start.process, step, 90, other))
+    assert world.machine.progress().moved_bytes == 50, "what is of another step came late"
+    world.send(Moved("worker-1", start.process, "prepare", 10, number))
     assert world.machine.progress().moved_bytes == 60
     world.send(Prepared("worker-1", start.process, number, moved_bytes=30))
     world.processes[start.process].prepared[number] = set()
@@ -697,7 +701,7 @@ def test_progress_tells_phase_members_and_bytes() -> None:
     world.request("scale", 2)
     start_joiners(world)
     joiner = orders(world, Prepare)["worker-1"].process
-    world.send(Moved("worker-1", joiner, 30))
+    world.send(Moved("worker-1", joiner, "prepare", 30))
     found = world.machine.progress()
     assert (found.phase, found.state, found.epoch) == ("prepare", "running", 2)
     assert (found.from_workers, found.to_workers) == (("worker-0",), ("worker-0", "worker-1"))

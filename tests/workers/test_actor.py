@@ -98,7 +98,8 @@ async def test_warm_process_becomes_a_worker(played: WorkerActor) -> None:
     assert await played.status() is None
     answer = await played.start({"worker_id": "worker-0", "incarnation": 3})
     assert (answer["address"], answer["incarnation"]) == ("unix:/played", 3)
-    assert await played.progress() == (5, 10)
+    assert await played.progress("start") == (5, 10)
+    assert await played.progress("prepare") == (0, 0)
     await played.stop()
 
 
@@ -187,6 +188,7 @@ async def test_steps_of_a_transition_reach_the_worker(member: WorkerActor) -> No
     assert "start it first" in (await member.prepare(b"epoch", [], 1.0))["failure"]["message"]
     await member.start({"worker_id": "worker-0", "incarnation": 1})
     assert (await member.prepare(b"epoch", [("/socket", (0,))], 1.0))["moved_bytes"] == 5
+    assert [await member.progress(step) for step in ("start", "prepare")] == [(0, 0), (0, 0)], "those were of the start"
     assert (await member.commit(1, 1.0))["step"] == 4
     assert await member.expert_load() == [[1, 2]]
 
