@@ -7,10 +7,16 @@ server that falls behind cannot hide it (coordinated omission). Figures over man
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["ENDS", "End", "Interval", "Lag", "Outcome", "Quantiles", "RunResult", "ServerEvent", "Summary", "Verdict"]
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "ENDS", "End", "Interval", "Lag", "Outcome", "Quantiles", "RunResult", "ServerEvent", "Summary", "Verdict", "percentiles",
+]  # fmt: skip
 
 # ok: the stream ended as it should. refused: 429 or 503. failed: anything else that is no answer. timeout: no end in time.
 # unfinished: still running when the run was stopped.
@@ -72,6 +78,13 @@ class Outcome:
     def e2e_s(self) -> float | None:
         """Intended send time to last byte, of requests that ended well."""
         return None if self.end != "ok" or self.end_s is None else self.end_s - self.intended_s
+
+
+def percentiles(values: npt.NDArray[np.float64], percents: Sequence[float]) -> list[float]:
+    """By nearest rank, in tables, timelines and objectives alike: the smallest value that so many percent of all do not exceed. It is always
+    the value of some request, also where failed ones are infinite and there is no between."""
+    found: list[float] = np.percentile(values, percents, method="inverted_cdf").tolist()
+    return found
 
 
 @dataclass(frozen=True, slots=True)

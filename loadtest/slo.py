@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexpert.loadtest.measure import Outcome, Summary, Verdict
+from flexpert.loadtest.measure import Outcome, Summary, Verdict, percentiles
 
 __all__ = ["Objective", "SloError", "met", "parse_slo", "parse_slos", "per_request", "verdict"]
 
@@ -168,6 +168,10 @@ def verdict(
         said = "nothing was measured"
     elif math.isinf(value):
         said = "failed requests reach into it"
+        if (
+            answered := _value(objective, [outcome for outcome in outcomes if outcome.end == "ok"], summary, itl)
+        ) is not None:
+            said += f" ({_show(objective, answered)} of the answered ones)"
     else:
         said = _show(objective, value)
     text = f"{objective.text}: {said}, {'met' if passed else 'MISSED'}"
@@ -203,5 +207,4 @@ def _value(
         return None
     if objective.stat in ("mean", "min", "max"):
         return float(getattr(np, objective.stat)(values))
-    # The next value above, not one between two: with infinite ones there is no between.
-    return float(np.percentile(values, float(objective.stat[1:]), method="higher"))
+    return percentiles(values, (float(objective.stat[1:]),))[0]

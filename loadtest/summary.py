@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from flexpert.loadtest.measure import ENDS, Interval, Lag, Outcome, Quantiles, Summary
+from flexpert.loadtest.measure import ENDS, Interval, Lag, Outcome, Quantiles, Summary, percentiles
 from flexpert.loadtest.slo import met
 
 __all__ = ["Gaps", "lag_of", "quantiles", "step_for", "summarise", "timeline"]
@@ -94,11 +94,11 @@ class Gaps:
 
 
 def quantiles(values: Iterable[float | None]) -> Quantiles:
-    """Of those that are not None; linear between neighbours."""
+    """Of those that are not None."""
     found = np.array([value for value in values if value is not None])
     if not len(found):
         return Quantiles()
-    p50, p90, p95, p99, p999 = np.percentile(found, [50, 90, 95, 99, 99.9]).tolist()
+    p50, p90, p95, p99, p999 = percentiles(found, (50, 90, 95, 99, 99.9))
     return Quantiles(len(found), float(found.mean()), float(found.min()), p50, p90, p95, p99, p999, float(found.max()))
 
 

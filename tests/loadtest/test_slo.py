@@ -90,9 +90,17 @@ def test_failed_requests_count_against_attainment_and_into_percentiles() -> None
     assert judged("ttft_p99<500ms", ok + lost) == (
         math.inf,
         False,
-        "ttft_p99<500ms: failed requests reach into it, MISSED",
+        "ttft_p99<500ms: failed requests reach into it (100 ms of the answered ones), MISSED",
     )
     assert judged("error_rate<1%", ok + lost)[:2] == (pytest.approx(5 / 95), False)
+
+
+def test_objectives_and_tables_agree_on_what_a_percentile_is() -> None:
+    outcomes = [outcome(i, ttft_s=(i + 1) / 100) for i in range(100)]
+    table = quantiles(each.ttft_s for each in outcomes)
+
+    for name in ("p50", "p90", "p95", "p99"):
+        assert judged(f"ttft_{name}<9s", outcomes)[0] == getattr(table, name) == pytest.approx(int(name[1:]) / 100)
 
 
 def test_nothing_measured_is_no_success() -> None:
@@ -162,7 +170,7 @@ def test_timeline_puts_latency_where_requests_were_due_and_answers_where_they_ca
         (0, 0, 0, 1),
     ]
     assert [step.in_flight for step in steps] == [1, 1, 0]
-    assert steps[0].ttft_p99_s == pytest.approx(1.486) and steps[2].ttft_p50_s is None
+    assert steps[0].ttft_p99_s == pytest.approx(1.5) and steps[2].ttft_p50_s is None
     assert sum(step.output_tokens_per_s for step in steps) == pytest.approx(13)
     assert step_for(60) == 0.2 and step_for(86_400) == 300
 
