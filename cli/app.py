@@ -139,7 +139,7 @@ def up(
 
     `flexpert up allenai/OLMoE-1B-7B-0924 --device cuda`
 
-    `flexpert up --policy examples/policies/default.yaml` (grows and shrinks by itself)
+    `flexpert up --policy policy.yaml` (grows and shrinks by itself)
     """
     from flexpert.cli.policy_files import start_with
     from flexpert.cli.up import UpOptions, run_up

@@ -31,6 +31,17 @@ def check(
 
 
 @app.command()
+def default() -> None:
+    """Print the default policy, to begin your own with.
+
+    `flexpert policy default > policy.yaml`
+    """
+    from flexpert.cli.policy_default import DEFAULT_POLICY
+
+    typer.echo(DEFAULT_POLICY, nl=False)
+
+
+@app.command()
 def show(name: Name = "default", json: Json = False, url: Url = None, admin_key: AdminKey = None) -> None:
     """Show the policy that a cluster follows, what stands against it, and its last decision."""
     from flexpert.cli import policy_view

@@ -26,7 +26,7 @@ def check_files(files: list[str]) -> tuple[list[str], list[str]]:
             errors += [problem.in_file(name) for problem in error.problems]
         except OSError as error:
             errors.append(
-                f"{name}: cannot be read: {error.strerror or error}; give a policy file, such as examples/policies/default.yaml"
+                f"{name}: cannot be read: {error.strerror or error}; give a policy file; `flexpert policy default` prints one"
             )
         except UnicodeDecodeError as error:
             errors.append(f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8 text")

@@ -55,7 +55,7 @@ def test_every_error_of_every_file_is_told(tmp_path: Path) -> None:
         f"{bad}:4: spec.workers.minn: unknown key; did you mean min? expected one of min, max, standby",
         f"{bad}:4: spec.workers.min: 9 is above max, which is 8; lower min or raise max",
         f"{bad}:5: spec.slo.ttft: found 500, which has no unit; write a time with one, such as 500ms, 30s, 5m, 2h or 7d",
-        f"{missing}: cannot be read: No such file or directory; give a policy file, such as examples/policies/default.yaml",
+        f"{missing}: cannot be read: No such file or directory; give a policy file; `flexpert policy default` prints one",
     ]
     assert words[:2] == [f"{good}:", "  Policy default decides every 5s and acts."]
 
@@ -88,3 +88,11 @@ def test_command_as_it_is_typed(runtime: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert f"{file}:4: spec.workers.min: 9 is above max" in done.stderr
+
+
+def test_default_policy_is_printed_as_the_examples_have_it_and_can_be_used(repository: Path) -> None:
+    printed = CliRunner().invoke(app, ["policy", "default"])
+
+    assert printed.exit_code == 0
+    assert printed.stdout == (repository / "examples/policies/default.yaml").read_text()
+    assert check("-", text=printed.stdout_bytes)[0] == 0
