@@ -61,6 +61,15 @@ def context_too_long(*, limit_tokens: int, prompt_tokens: int, wanted_tokens: in
     )
 
 
+def too_long_now(*, limit_tokens: int, wanted_tokens: int) -> ApiError:
+    return ApiError(
+        503,
+        f"The worker that had memory for this request is gone: it needs room for {wanted_tokens} tokens, those that serve now hold at most "
+        f"{limit_tokens} each. Ask again for fewer tokens, or once there is more memory.",
+        code="insufficient_memory",
+    )
+
+
 def shutting_down() -> ApiError:
     return ApiError(
         503, "The server is shutting down.", code="shutting_down", headers={"Retry-After": "5", "Connection": "close"}

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 import msgspec
 
 from flexpert.controller.gateway.config import WorkerAddress
-from flexpert.controller.gateway.errors import ApiError, bad_request, internal_error, shutting_down
+from flexpert.controller.gateway.errors import ApiError, bad_request, internal_error, shutting_down, too_long_now
 from flexpert.controller.gateway.link import WorkerLink
 from flexpert.controller.gateway.live import LiveChoice, LiveTable
 from flexpert.controller.routing import PrefixIndex, WorkerLoad, choose_worker
@@ -38,6 +38,8 @@ log = logging.getLogger("flexpert.gateway")
 
 # A request that kills whoever takes it must end some time. Far beyond any number of deaths that has another cause.
 _LOST_WORKERS_MAX = 20
+# How long a request waits for a worker that could hold it to come back, where those that are there never can.
+_COME_BACK_S = 60.0
 
 
 class WorkerPool:
@@ -53,6 +55,8 @@ class WorkerPool:
         self._limits: Welcome | None = None
         self._limits_known = asyncio.Event()
         self._closed = False
+        self._too_long: dict[str, float] = {}  # request -> when it is given up: it waits, and fits no worker there is
+        self._giving_up: asyncio.TimerHandle | None = None
         self.connections: Counter[str] = Counter()  # by worker, also of those that are gone
         self.live = LiveTable()
 
@@ -89,6 +93,7 @@ class WorkerPool:
     def add(self, choices: Iterable[LiveChoice]) -> None:
         for choice in choices:
             self.live.add(choice)
+        self._see_who_fits()
         self._dispatch()
 
     def cancel(self, request_ids: Iterable[str]) -> None:
@@ -125,10 +130,13 @@ class WorkerPool:
         for choice in self.live.waiting:  # the list is newer than what the workers said: who is in it takes requests
             choice.avoided_worker_ids = frozenset()
         self._update_capacity()
+        self._see_who_fits()
         self._dispatch()
 
     async def close(self) -> None:
         self._closed = True
+        if self._giving_up is not None:
+            self._giving_up.cancel()
         self._limits_known.set()
         self._limits = None
         for worker_id in list(self._links):
@@ -144,6 +152,7 @@ class WorkerPool:
         self._limits = welcome
         self._limits_known.set()
         self._update_capacity()
+        self._see_who_fits()
         self._dispatch()
 
     def on_down(self, link: WorkerLink) -> None:
@@ -181,6 +190,7 @@ class WorkerPool:
         for choice in found:
             if choice is not None:
                 self.live.release(choice, target_worker_id=frame.target_worker_id)
+        self._see_who_fits()
         self._dispatch()
 
     def on_failed(self, link: WorkerLink, frame: Failed) -> None:
@@ -279,6 +289,30 @@ class WorkerPool:
         if len(self._links) > 1:
             self._prefixes.record(link.worker_id, choice.prompt_token_ids)
 
+    def _see_who_fits(self) -> None:
+        """Who waits and fits no worker there is waits for one that may come back, and not for ever. A worker that has not greeted yet may
+        be the one, and so may one that drains: it is there until the list says otherwise."""
+        welcomes = [link.welcome for link in self._links.values()]
+        known = [welcome.max_context_tokens for welcome in welcomes if welcome is not None]
+        if not known or len(known) < len(welcomes):
+            return
+        now_s, most_tokens = time.monotonic(), max(known)
+        too_long = [choice for choice in self.live.waiting if _tokens(choice) > most_tokens]
+        self._too_long = {
+            choice.request_id: self._too_long.get(choice.request_id, now_s + _COME_BACK_S) for choice in too_long
+        }
+        for choice in too_long:
+            if self._too_long[choice.request_id] <= now_s:
+                log.error("%s is given up: no worker has memory for it", choice.request_id)
+                del self._too_long[choice.request_id]
+                self.live.remove(choice.request_id)
+                choice.sink.on_failed(too_long_now(limit_tokens=most_tokens, wanted_tokens=_tokens(choice)))
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+        if self._too_long:
+            first_s = min(self._too_long.values()) - now_s
+            self._giving_up = asyncio.get_running_loop().call_later(first_s, self._see_who_fits)
+
     def _take_back(self, worker_id: str, *, died: bool = True) -> None:
         lost = self.live.take_back(worker_id, died=died)
         if lost:
@@ -303,7 +337,11 @@ class WorkerPool:
         self._known_capacity = capacity or self._known_capacity
 
 
+def _tokens(choice: LiveChoice) -> int:
+    """What the whole of it may come to."""
+    return len(choice.prompt_token_ids) + choice.params.max_tokens
+
+
 def _holds(link: WorkerLink, choice: LiveChoice) -> bool:
     """Whether the worker has memory for the whole of it, whatever else it serves: it said so in its Welcome, and keeps to that."""
-    tokens = len(choice.prompt_token_ids) + choice.params.max_tokens
-    return link.welcome is not None and tokens <= link.welcome.max_context_tokens
+    return link.welcome is not None and _tokens(choice) <= link.welcome.max_context_tokens

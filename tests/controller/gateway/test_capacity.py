@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import openai
 import pytest
 from tests.controller.gateway.test_handover import MODEL, TEXT, Streams, know
 from tokenizers import Tokenizer
+
+from flexpert.controller.gateway import pool
 
 SMALL_TOKENS = 8
 
@@ -61,3 +64,35 @@ def test_accepted_request_waits_for_a_worker_that_holds_it_and_holds_up_nobody(
     know(gateway, harness, small, other)
     assert streams.join() == [TEXT]
     assert [submit.emitted_token_ids for submit in other.submits] == [ids[:2]]
+
+
+def test_accepted_request_that_no_worker_can_hold_any_more_ends_with_the_reason(
+    harness: Any, workers: list[Any], make_client: Any, ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the worker that had it does not come back in time; a short one is served meanwhile."""
+    large, small, other = workers
+    harness.run(large.hold())
+    gateway = harness.gateway(worker_addresses=(large.address,), wait=False)
+    client = make_client(gateway)
+    errors: list[openai.APIStatusError] = []
+
+    def ask() -> None:
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.completions.create(model=MODEL, prompt="x", max_tokens=len(ids))
+        errors.append(caught.value)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    large.wait_until(lambda: large.submits)
+    know(gateway, harness, small)
+    harness.ask_until(lambda: gateway._pool._too_long)
+    client.completions.create(model=MODEL, prompt="y", max_tokens=2)
+    know(gateway, harness, small, other, draining=(other,))
+    harness.ask_until(lambda: not gateway._pool._too_long)
+    assert len(gateway._pool.live) == 1, "one that has memory is there: it waits on"
+    monkeypatch.setattr(pool, "_COME_BACK_S", 0.0)
+    know(gateway, harness, small)
+    asking.join(20)
+    assert [(error.status_code, error.code) for error in errors] == [(503, "insufficient_memory")]
+    assert f"{len(ids) + 1} tokens" in errors[0].message
+    assert len(gateway._pool.live) == 0
