@@ -42,6 +42,7 @@ class LoadTestOptions:
     api_key: str | None
     admin_key: str | None
     insecure: bool
+    ca: Path | None
     model: str | None
     endpoint: str
     shape: str | None
@@ -121,7 +122,7 @@ def load_test(options: LoadTestOptions) -> LoadTest:
         if found not in choices:
             raise CommandError("usage", f"{option} {found!r}: expected one of {', '.join(choices)}")
     objectives = tuple(parse_slos(options.slo))
-    target = parse_url(options.url, key=options.api_key, verify=not options.insecure)
+    target = parse_url(options.url, key=options.api_key, verify=not options.insecure, ca=options.ca)
     common: dict[str, Any] = {
         "target": target, "model": options.model, "chat": options.endpoint == "chat", "tokenizer": options.tokenizer,
         "prompts": None if options.prompts == "auto" else options.prompts, "ignore_eos": options.ignore_eos,

@@ -34,6 +34,7 @@ def loadtest(
     api_key: Annotated[str | None, _server("", env="FLEXPERT_API_KEY")] = None,
     admin_key: Annotated[str | None, _server(_EVENTS, env="FLEXPERT_ADMIN_KEY")] = None,
     insecure: Annotated[bool, _server("Take any TLS certificate.", "--insecure")] = False,
+    ca: Annotated[Path | None, _server("Trust the CA certificates in this PEM file.", metavar="FILE")] = None,
     model: Annotated[str | None, _server("[default: the first that the server lists]")] = None,
     endpoint: Annotated[str, _server("completions or chat.")] = "completions",
     shape: Annotated[str | None, _load(_SHAPES)] = None,
@@ -78,7 +79,7 @@ def loadtest(
     from flexpert.cli.loadtest import LoadTestOptions, run_load_test
 
     options = LoadTestOptions(
-        url=url or None, api_key=api_key or None, admin_key=admin_key or None, insecure=insecure, model=model, endpoint=endpoint,
+        url=url or None, api_key=api_key or None, admin_key=admin_key or None, insecure=insecure, ca=ca, model=model, endpoint=endpoint,
         shape=shape, rate=rate, duration=duration, cv=cv, schedule=schedule, users=users, turns=turns, think=think, requests=requests,
         prompt_tokens=prompt_tokens, output_tokens=output_tokens, prefix_tokens=prefix_tokens, prefixes=prefixes, prompts=prompts,
         tokenizer=tokenizer, ignore_eos=ignore_eos, extra_body=extra_body, seed=seed, timeout=timeout, warmup=warmup, cooldown=cooldown,

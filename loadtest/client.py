@@ -299,7 +299,7 @@ class Client:
                 else f"the stream stood still or went on, {outcome.chunks} chunks had come,"
             )
             if exchange.task is not None:
-                where = "no connection"
+                where = "no TLS connection" if self.target.tls else "no connection"
             self.fail(exchange, f"timeout: {where} within {self.timeout_s:g} s", timeout=True)
         if self.live:
             self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
@@ -356,5 +356,9 @@ def _why(error: Exception) -> str:
     """ "Connection refused" rather than three lines of addresses."""
     if isinstance(error, ConnectionRefusedError) or f"Errno {errno.ECONNREFUSED}" in str(error):
         return "connection refused; nothing listens there"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted ({error.verify_message}); name its CA with --ca, or take any with --insecure"
+    if isinstance(error, ssl.SSLError):
+        return f"no TLS connection ({error.reason}); does it listen with plain http://?"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return str(text)

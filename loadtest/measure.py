@@ -81,7 +81,7 @@ class Outcome:
 
 
 def percentiles(values: npt.NDArray[np.float64], percents: Sequence[float]) -> list[float]:
-    """By nearest rank, in tables, timelines and objectives alike: the smallest value that so many percent of all do not exceed. It is always
+    """By nearest rank, in tables, timelines and objectives alike: the smallest value that so many percent of all do not exceed. Always
     the value of some request, also where failed ones are infinite and there is no between."""
     found: list[float] = np.percentile(values, percents, method="inverted_cdf").tolist()
     return found

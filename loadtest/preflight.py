@@ -97,7 +97,8 @@ def _check(client: Client, outcome: Outcome, body: bytes, what: str) -> None:
         raise Unusable(
             "unreachable", f"{url} has no {what.split()[-1]} (404): is it an OpenAI server, and the URL right?"
         )
-    raise Unusable("unreachable", f"{url} is not usable, {what}: {outcome.error}")
+    hint = "; is it https://?" if not client.target.tls and outcome.error.endswith("without an answer") else ""
+    raise Unusable("unreachable", f"{url} is not usable, {what}: {outcome.error}{hint}")
 
 
 class _Asker:

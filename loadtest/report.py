@@ -330,7 +330,7 @@ def _meanings(result: RunResult) -> list[str]:
         "<p>Every time counts from when the schedule wanted a request sent, so a server or a generator that falls behind cannot hide it. "
         "TTFT: to the first token. TPOT: (last token - first token) / (output tokens - 1). E2E: to the last byte. Attainment: requests "
         "that met every objective, of all that were sent; failures, refusals and time-outs count as missed. Goodput: those a second.</p>",
-        "<p>A percentile is the smallest time that so many percent of the requests do not exceed. An objective's is over all requests sent, "
+        "<p>A percentile is the smallest time that so many percent of the requests do not exceed. An objective's is over all sent, "
         "a failed one counted as endlessly late; those in tables and plots are of the requests that have the figure.</p>",
         f"<p>Schedule lag is how late the generator itself was: p99 {page.seconds(result.lag.quantiles_s.p99)}, "
         f"and above {page.seconds(result.lag.limit_s)} the run is called degraded.</p>",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -69,13 +70,14 @@ class StubServer:
     bodies: list[dict[str, Any]] | None = None  # a list here keeps every body
     connections: set[_Connection] = field(default_factory=set)
     url: str = ""
+    tls: ssl.SSLContext | None = None
     _server: asyncio.Server | None = None
 
     async def start(self, *, host: str = "127.0.0.1", port: int = 0) -> str:
         """Listen; returns the URL."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Connection(self), host, port, backlog=4096)
-        self.url = f"http://{host}:{self._server.sockets[0].getsockname()[1]}"
+        self._server = await loop.create_server(lambda: _Connection(self), host, port, backlog=4096, ssl=self.tls)
+        self.url = f"http{'s' * (self.tls is not None)}://{host}:{self._server.sockets[0].getsockname()[1]}"
         return self.url
 
     async def stop(self) -> None:
@@ -119,6 +121,10 @@ class _Connection(asyncio.Protocol):
             self._next()
 
     def _next(self) -> None:
+        if self._buffer[:1] == b"\x16":  # TLS begins so
+            self._error(400, "plain HTTP is spoken here")
+            self._transport.close()
+            return
         head, found, rest = self._buffer.partition(b"\r\n\r\n")
         if not found:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 __all__ = ["BadUrl", "Target", "parse_url", "request_head", "tls_context"]
@@ -15,7 +16,7 @@ class BadUrl(ValueError):
 
 @dataclass(frozen=True)
 class Target:
-    """base: path before /v1, mostly empty."""
+    """base: path before /v1, mostly empty. ca: a file with the certificates to trust, instead of those of this machine."""
 
     host: str
     port: int
@@ -23,6 +24,7 @@ class Target:
     base: str
     key: str | None = None
     verify: bool = True
+    ca: Path | None = None
 
     @property
     def url(self) -> str:
@@ -30,7 +32,7 @@ class Target:
         return f"http{'s' * self.tls}://{host}:{self.port}{self.base}"
 
 
-def parse_url(url: str, *, key: str | None = None, verify: bool = True) -> Target:
+def parse_url(url: str, *, key: str | None = None, verify: bool = True, ca: Path | None = None) -> Target:
     """The server's URL, with or without /v1. Raises BadUrl."""
     try:
         parts = urlsplit(url)
@@ -43,7 +45,11 @@ def parse_url(url: str, *, key: str | None = None, verify: bool = True) -> Targe
     base = parts.path.rstrip("/").removesuffix("/v1")
     if key is not None and not (key.isascii() and key.isprintable()):
         raise BadUrl("the API key has characters that no header can carry")
-    return Target(parts.hostname, port or (443 if tls else 80), tls, base, key, verify)
+    target = Target(parts.hostname, port or (443 if tls else 80), tls, base, key, verify, ca)
+    if ca is not None and not tls:
+        raise BadUrl(f"--ca {ca} belongs to an https:// URL; found {url!r}")
+    tls_context(target)
+    return target
 
 
 def request_head(target: Target, method: str, path: str, key: str | None) -> bytes:
@@ -57,9 +63,18 @@ def request_head(target: Target, method: str, path: str, key: str | None) -> byt
 
 
 def tls_context(target: Target) -> ssl.SSLContext | None:
+    """Raises BadUrl for a file without certificates."""
     if not target.tls:
         return None
-    context = ssl.create_default_context()
+    try:
+        context = ssl.create_default_context(cafile=target.ca)
+    except (OSError, ValueError) as error:
+        why = (
+            "expected certificates in PEM form"
+            if isinstance(error, ssl.SSLError)
+            else getattr(error, "strerror", error)
+        )
+        raise BadUrl(f"--ca {target.ca}: {why}") from error
     if not target.verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
