@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flexpert.cli.errors import CommandError
 
-__all__ = ["run_profile"]
+__all__ = ["check_out", "parse_sizes", "run_profile"]
 
 
 def run_profile(
@@ -24,8 +24,7 @@ def run_profile(
     from flexpert.simulator.measure import ProfileRequest, measure
     from flexpert.workers.threads import worker_environment
 
-    if not out.resolve().parent.is_dir():
-        raise CommandError("directory", f"--out {out}: there is no folder {out.resolve().parent}")
+    check_out(out)
     wanted = worker_environment(threads=len(os.sched_getaffinity(0)))
     if any(os.environ.get(key) != value for key, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, "-m", "flexpert.cli", *sys.argv[1:]], os.environ | wanted)
@@ -41,3 +40,22 @@ def run_profile(
     except MeasureError as error:
         raise CommandError("model", str(error)) from error
     out.write_bytes(msgspec.json.format(msgspec.json.encode(profile)) + b"\n")
+
+
+def check_out(out: Path) -> None:
+    """Before minutes are spent on what cannot be written."""
+    if not out.resolve().parent.is_dir():
+        raise CommandError("directory", f"--out {out}: there is no folder {out.resolve().parent}")
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """ "1,2,4": rising."""
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):
+        raise CommandError(
+            "usage", f"--sizes {text!r}: expected numbers of workers that rise from 1 or more, like 1,2,4"
+        )
+    return sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -92,15 +93,49 @@ def profile(
     max_running: Annotated[int, typer.Option(min=1, max=4096, help="As for flexpert up.")] = 64,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="As for flexpert up.")] = 512,
     max_context: Annotated[int | None, typer.Option(min=1, help="As for flexpert up.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="How many times everything is measured.")] = 3,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="How many times everything is measured. [default: 5, with --url 3]")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Measure a running cluster from outside: its gateway, at the sizes of --sizes.")
+    ] = None,
+    sizes: Annotated[str, typer.Option(metavar="N,...", help="With --url: workers. It is left at the first.")] = "1,2",
+    base: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="With --url: a profile made without it, of the same model.")
+    ] = "builtin-cpu",
+    admin_key: Annotated[str | None, typer.Option(help="With --url. [env var: FLEXPERT_ADMIN_KEY]")] = None,
+    key: Annotated[str | None, typer.Option(help="With --url: the API key. [env var: FLEXPERT_API_KEY]")] = None,
 ) -> None:
-    """Measure what a worker of a model can do on this machine: a minute or two on the real engine, nothing else running.
+    """Measure what a worker of a model can do on this machine: two minutes on the real engine, nothing else running.
+
+    With --url a running cluster is measured from outside, with its gateway and whatever shares its cores, and how long joins and leaves
+    take: about a minute for each size. It must serve nobody else meanwhile.
+
+    **Examples**
 
     `flexpert profile --out mine.json && flexpert simulate --profile mine.json --trace azure-conv --policy a.yaml`
+
+    `flexpert profile --url http://127.0.0.1:8000 --base mine.json --sizes 1,2 --max-running 8 --out served.json`
     """
     from flexpert.cli.options import parse_bytes
-    from flexpert.cli.profile import run_profile
+    from flexpert.cli.profile import parse_sizes, run_profile
 
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    if url is not None:
+        from flexpert.cli.api import find_api
+        from flexpert.cli.profile_cluster import ClusterOptions, profile_cluster
+
+        profile_cluster(
+            ClusterOptions(
+                api=find_api("", url=url, admin_key=admin_key), key=key or os.environ.get("FLEXPERT_API_KEY"), base=base,
+                sizes=parse_sizes(sizes), name=name, max_running=max_running, max_batch_tokens=max_batch_tokens, repeats=repeats or 3,
+                out=out,
+            ),
+            say=say,
+        )  # fmt: skip
+        return
     run_profile(
         model=model,
         name=name,
@@ -111,6 +146,6 @@ def profile(
         max_batch_tokens=max_batch_tokens,
         max_context_tokens=max_context,
         out=out,
-        repeats=repeats,
-        say=lambda line: typer.echo(line, err=True),
+        repeats=repeats or 5,
+        say=say,
     )

@@ -50,7 +50,9 @@ class Cluster:
         self.preemptions = 0.0
         self.live = 0.0
         self.unanswered = 0.0
+        self.slow = 1.0  # times as long as the profile says, while other processes start
         self._times = StepTimes(profile)
+        self._times_of = {None if (served := profile.serves(1)) is None else served.workers: self._times}
         self._stands_for = stands_for
         self._on_first = on_first
         self._on_end = on_end
@@ -160,18 +162,21 @@ class Cluster:
         steps = min(self._refresh, self._overflow) - self.step
         slowest_s = max(self._steps_s)
         chunks: list[tuple[Lane, float]] = []
+        prompts_s = longest_s = 0.0
         for lane in list(self._active):
             chunk, alike = self._plan(lane)
             if not chunk:
                 continue
             chunks.append((lane, chunk))
             steps = min(steps, alike)
-            step_s = lane.step_s + self._times.prefill_s(chunk)
+            prompt_s = self._times.prefill_s(chunk)
             if self._times.prefill_context_s:
                 head = lane.prefilling[0]
-                step_s += self._times.prefill_context_s * chunk * (head.prompt + head.generated - head.todo)
-            slowest_s = max(slowest_s, step_s)
-        slowest_s += self._exchange_s
+                prompt_s += self._times.prefill_context_s * chunk * (head.prompt + head.generated - head.todo)
+            prompts_s += prompt_s
+            longest_s = max(longest_s, prompt_s)
+            slowest_s = max(slowest_s, lane.step_s + prompt_s)
+        slowest_s = (slowest_s + self._times.overlap * (prompts_s - longest_s) + self._exchange_s) * self.slow
         ends = self._ends
         while ends and ends[0][2].finish != ends[0][0]:
             heappop(ends)  # it was preempted
@@ -242,6 +247,7 @@ class Cluster:
             lane.unstarted -= request.weight * request.prompt
             self.unanswered -= request.weight
             request.first_s = self.now_s
+            request.answer_s = self._times.answer_s(self._running * self._stands_for)
             self._on_first(request, self.now_s)
         request.todo = 0.0
         request.generated += 1
@@ -360,9 +366,15 @@ class Cluster:
 
     def _resized(self) -> None:
         workers = self.workers
-        self._exchange_s = interpolate(self.profile.exchange, workers)
+        served = self.profile.serves(workers)
+        key = None if served is None else served.workers
+        if key not in self._times_of:
+            self._times_of[key] = StepTimes(self.profile, workers)
+        self._times = self._times_of[key]
+        self._exchange_s = interpolate(self.profile.exchange, workers) if served is None else 0.0
         for number, lane in enumerate(self.lanes):
             lane.number = number
+            lane.times = self._times
             lane.kv_capacity = self.profile.kv_capacity(workers)
             lane.refresh(self.step)
         self._work = [lane.work() for lane in self.lanes]

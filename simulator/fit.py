@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from flexpert.simulator.profile import Profile
 
-__all__ = ["MeasureError", "Step", "fit"]
+__all__ = ["MeasureError", "Step", "fit", "rising", "spread"]
 
 
 class MeasureError(RuntimeError):
@@ -58,8 +58,8 @@ def fit(steps: Sequence[Step], rest: Profile, *, share: float = 0.5) -> Profile:
     return Profile(
         **{name: getattr(rest, name) for name in rest.__struct_fields__}
         | {
-            "decode": _rising(decode),
-            "prefill": _rising({0: 0.0} | prefill),
+            "decode": rising(decode),
+            "prefill": rising({0: 0.0} | prefill),
             "context_s": round(context_s, 12),
             "prefill_context_s": round(bend_s, 15),
         }
@@ -78,10 +78,21 @@ def _typical(share: float, pairs: Iterable[tuple[int, float]]) -> dict[int, floa
     }
 
 
-def _rising(points: dict[int, float]) -> tuple[tuple[float, float], ...]:
+def rising(points: dict[int, float]) -> tuple[tuple[float, float], ...]:
     """More work never takes less time, and what disturbs a measurement only ever adds to it: each point is at most the ones above it."""
     level, found = float("inf"), []
     for key, seconds in sorted(points.items(), reverse=True):
         level = min(level, seconds)
         found.append((float(key), round(level, 7)))
     return tuple(reversed(found))
+
+
+def spread(steps: Sequence[Step]) -> tuple[float, float]:
+    """How far equal steps that only decode lay apart, (75th - 25th percentile) / median: over the batch sizes the median, and the most."""
+    found: dict[int, list[float]] = {}
+    for step in steps:
+        if not step.tokens and step.context < 64 * step.decoding:
+            found.setdefault(step.decoding, []).append(step.seconds)
+    quarters = [statistics.quantiles(values, n=4) for values in found.values() if len(values) >= 4]
+    shares = [(high - low) / middle for low, middle, high in quarters if middle > 0]
+    return (statistics.median(shares), max(shares)) if shares else (0.0, 0.0)

@@ -1,7 +1,8 @@
 """Measures a Profile on the real engine: one worker in this process, no gateway, no cluster.
 
 Every step tells what it computed and how long it took; requests are chosen so that the steps that are wanted come about: batches that only
-decode, prompts of every length alone and beside a batch, short and long contexts. Medians, so a busy moment of the machine does no harm.
+decode, prompts of every length alone and beside a batch, short and long contexts. Of equal steps the lower quartile counts: what disturbs
+a step only ever adds to it. How far equal steps lay apart is told and written down, so that a busy machine shows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexpert.simulator.fit import MeasureError, Step, fit
+from flexpert.simulator.fit import MeasureError, Step, fit, spread
 from flexpert.simulator.profile import Profile
 from flexpert.workers.messages import Failed, SamplingParams, StepOutput, Submit, WorkerFrame
 from flexpert.workers.process import WorkerConfig, WorkerProcess
@@ -23,7 +24,10 @@ __all__ = ["ProfileRequest", "measure"]
 
 OWNER = "profile"
 ROUND_LIMIT_S = 600.0
+JOINS = "joins, leaves and pauses are those of benchmarks/results/elasticity-cpu-2core.json"
 DECODE_STEPS = 24
+ALONE = 3  # prompts of each length in each turn
+NOISY = 0.1  # of a step: beyond, other work is likely to be in the figures
 ANSWER_S = 0.004  # first byte over HTTP against the first token on the worker's stream, benchmarks/serve.py
 
 
@@ -37,10 +41,8 @@ class ProfileRequest:
     max_running: int = 64
     max_batch_tokens: int = 512
     max_context_tokens: int | None = None
-    repeats: int = 3
-    share: float = (
-        0.5  # which of equal steps counts: the median, or a faster one where other work keeps the machine busy
-    )
+    repeats: int = 5
+    share: float = 0.25  # of equal steps that are faster than the one that counts
 
 
 class _Worker:
@@ -130,13 +132,20 @@ def measure(request: ProfileRequest, *, say: Callable[[str], None] = lambda _: N
             beside = max(1, min(8, request.max_running - 1))
             for length in _lengths(request.max_batch_tokens - beside):
                 say(f"turn {turn + 1} of {request.repeats}: prompts of {length}")
-                steps += worker.serve([(length, 1)])
+                for _ in range(ALONE):
+                    steps += worker.serve([(length, 1)])
                 steps += worker.serve([(8, 8)] * beside + [(length, 1)] * 3)
             long = max(32, min(context // 2, 4 * request.max_batch_tokens, capacity // 10) - DECODE_STEPS)
             steps += worker.serve([(long, DECODE_STEPS)] * min(8, request.max_running))
         shape = model_shape(request.model_dir, worker.process.config.dtype_name)
     finally:
         worker.process.stop()
+    usual, most = spread(steps)
+    noise = f"the middle half of equal steps lay {usual:.0%} apart, {most:.0%} at most"
+    say(
+        f"noise: {noise}"
+        + ("; the machine is busy with other work: measure again when it is not" if usual > NOISY else "")
+    )
     experts_bytes = int(shape["layers"]) * int(shape["experts"]) * int(shape["slab_bytes"])
     return fit(
         steps,
@@ -144,7 +153,7 @@ def measure(request: ProfileRequest, *, say: Callable[[str], None] = lambda _: N
             name=request.name,
             model=str(request.model_dir.name),
             device=request.device,
-            source="measured by flexpert profile; joins, leaves and pauses are those of benchmarks/results/elasticity-cpu-2core.json",
+            source=f"measured by flexpert profile; {noise}; {JOINS}",
             max_running=request.max_running,
             max_batch_tokens=max(request.max_batch_tokens, request.max_running),
             max_context_tokens=context,

@@ -24,18 +24,17 @@ GROUPS = 32
 
 
 class Records:
-    """Requests by their end. answer_s: what the gateway adds to the first token. A missing tpot (one output token) is NaN."""
+    """Requests by their end. A missing tpot (one output token) is NaN."""
 
-    def __init__(self, *, slo: Slo, answer_s: float) -> None:
+    def __init__(self, *, slo: Slo) -> None:
         self._slo = slo
-        self._answer_s = answer_s
         self._ended = array("d")
         self._first = array("d")  # at, ttft, queue, weight of each first token
         self._window = [0, 0]  # where the traffic window begins in both
 
     def on_first(self, request: Request, now_s: float) -> None:
         self._first.extend(
-            (now_s, now_s - request.arrived_s + self._answer_s, request.started_s - request.arrived_s, request.weight)
+            (now_s, now_s - request.arrived_s + request.answer_s, request.started_s - request.arrived_s, request.weight)
         )
 
     def on_end(self, request: Request, now_s: float) -> None:
@@ -45,7 +44,7 @@ class Records:
             (
                 arrived_s,
                 now_s,
-                first_s - arrived_s + self._answer_s,
+                first_s - arrived_s + request.answer_s,
                 tpot_s,
                 request.started_s - arrived_s,
                 request.weight,

@@ -17,6 +17,7 @@ from flexpert.controller.policy.types import (
     EndedTransition,
     Measured,
     Observation,
+    PolicyConfig,
     TrafficReading,
     TransitionReading,
     WorkerReading,
@@ -27,29 +28,40 @@ from flexpert.simulator.service import Lane
 
 if TYPE_CHECKING:
     from flexpert.simulator.cluster import Cluster
+    from flexpert.simulator.scalers import Scaler
     from flexpert.simulator.scaling import Scaling
 
-__all__ = ["TRAFFIC_WINDOW_S", "Observer"]
+__all__ = ["Observer", "window_of"]
 
-TRAFFIC_WINDOW_S = 30.0
+SHORTEST_WINDOW_S = 10.0  # of controller.autoscaler.loop
+OTHERS_WINDOW_S = 30.0  # for those who decide otherwise
 RATES_S = 5.0  # of a worker's token rates
 CONTEXTS_S = 30.0  # the longest context is looked for so often
 Floats = NDArray[np.float64]
 LAST_TIMES = 20  # of joins, leaves and stalls
 
 
+def window_of(scaler: Scaler) -> float:
+    """Seconds of traffic that it is told of: for a policy those that the autoscaler's loop asks the gateway for."""
+    config = getattr(scaler, "config", None)
+    if not isinstance(config, PolicyConfig):
+        return OTHERS_WINDOW_S
+    return max(SHORTEST_WINDOW_S, config.panic.window_s, 2 * config.interval_s)
+
+
 class Observer:
     """Called at each tick, with times that rise. start_s: the unix time of the trace's begin."""
 
     def __init__(
-        self, cluster: Cluster, records: Records, scaling: Scaling, *, slo: Slo, devices: int, start_s: float
-    ) -> None:
+        self, cluster: Cluster, records: Records, scaling: Scaling, *, slo: Slo, devices: int, start_s: float, window_s: float
+    ) -> None:  # fmt: skip
         self._cluster = cluster
         self._records = records
         self._scaling = scaling
         self._slo = slo
         self._devices = devices
         self._start_s = start_s
+        self._window_s = window_s  # of what traffic is told
         self._past: deque[tuple[float, ...]] = deque([(0.0,) * 6])  # at, steps, arrived, its tokens, decoded, busy
         self._counts: dict[
             Lane, tuple[float, float, float, float, float]
@@ -135,12 +147,12 @@ class Observer:
     def _traffic(self, now_s: float, arrived: float, arrived_tokens: float) -> TrafficReading:
         cluster, past = self._cluster, self._past
         decoded = sum(lane.decoded_tokens(cluster.step) for lane in cluster.lanes)
-        while len(past) > 1 and past[1][0] <= now_s - TRAFFIC_WINDOW_S:
+        while len(past) > 1 and past[1][0] <= now_s - self._window_s:
             past.popleft()
         since_s, steps, arrived_then, tokens_then, decoded_then, busy_then = past[0]
         past.append((now_s, cluster.step, arrived, arrived_tokens, decoded, cluster.busy_s))
         per_s = 1 / (now_s - since_s) if now_s > since_s else 0.0
-        ended, first = self._records.traffic(now_s - TRAFFIC_WINDOW_S)
+        ended, first = self._records.traffic(now_s - self._window_s)
         met = self._records.met(ended[:, 2], ended[:, 3])
         late, late_weights = self._late(now_s)
         first_weights = np.concatenate([first[:, 3], late_weights])
@@ -161,7 +173,7 @@ class Observer:
             tpot_s=percentile(tpot[known], tpot_weights[known], 0.95),
             met=round(float(ended[met, 5].sum())),
             missed=round(float(ended[~met, 5].sum() + late_weights.sum())),
-            since_s=self._start_s + max(0.0, now_s - TRAFFIC_WINDOW_S),
+            since_s=self._start_s + max(0.0, now_s - self._window_s),
         )
 
     def _late(self, now_s: float) -> tuple[Floats, Floats]:

@@ -23,6 +23,7 @@ __all__ = [
     "Duration",
     "Profile",
     "ProfileError",
+    "Served",
     "interpolate",
     "load_profile",
     "read_profile",
@@ -55,6 +56,21 @@ class Duration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return math.log(self.mean_s) - sigma**2 / 2, sigma
 
 
+class Served(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A cluster of so many workers as its clients see it: what gateway, clients and cores that are shared take is in it.
+
+    decode, prefill: in place of the profile's own and of exchange, by requests and prompt tokens of one worker. overlap: how much of the
+    prompts that others compute in the same step adds to it, 0 where each worker has a device of its own, 1 where they share one.
+    answer: (requests that run in the cluster, s from a step's end to its token at the client, with the request's way in).
+    """
+
+    workers: int
+    decode: Points
+    prefill: Points
+    overlap: float = 0.0
+    answer: Points
+
+
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One worker.
 
@@ -64,7 +80,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     join_warm, join_cold: from the order to serving, with a standby and without; leave: from the order to gone; stall: how long streams
     stand still at a commit. Beside these, expert slabs move at move_bytes_per_s to
-    each worker. standby_s: until a used standby is replaced.
+    each worker. standby_s: until a used standby is replaced; meanwhile, and while a transition runs, steps take `starting` times as long.
+
+    served: what clusters of some sizes showed as a whole, in rising order. A size takes the largest of them that is not larger.
     """
 
     name: str
@@ -87,6 +105,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     leave: Duration = Duration(mean_s=2.5, p95_s=5.0)
     stall: Duration = Duration(mean_s=0.01, p95_s=0.03)
     standby_s: float = 10.0
+    starting: float = 1.0
+    served: tuple[Served, ...] = ()
     layers: int = 1
     experts: int = 1
     slab_bytes: int = 0
@@ -108,6 +128,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             _check_points(f"profile {self.name!r}: {name}", getattr(self, name))
         if interpolate(self.decode, 1) <= 0:
             raise ProfileError(f"profile {self.name!r}: decode: a step with one request takes no time")
+        if not 1 <= self.starting < math.inf:
+            raise ProfileError(f"profile {self.name!r}: starting {self.starting:g}: expected 1 or more")
+        self._check_served()
         for name in ("join_warm", "join_cold", "leave", "stall"):
             duration: Duration = getattr(self, name)
             if not 0 <= duration.mean_s <= duration.p95_s < math.inf:
@@ -116,6 +139,23 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                     "expected 0 <= mean_s <= p95_s"
                 )
         return self
+
+    def _check_served(self) -> None:
+        for each in self.served:
+            where = f"profile {self.name!r}: served by {each.workers}"
+            for name in ("decode", "prefill", "answer"):
+                _check_points(f"{where}: {name}", getattr(each, name))
+            if interpolate(each.decode, 1) <= 0 or not 0 <= each.overlap <= 1:
+                raise ProfileError(f"{where}: a step takes no time, or overlap {each.overlap:g} is not within 0 and 1")
+        sizes = [each.workers for each in self.served]
+        if sizes != sorted(set(sizes)) or sizes[:1] == [0]:
+            raise ProfileError(f"profile {self.name!r}: served: sizes {sizes}: expected them to rise from 1 or more")
+
+    def serves(self, workers: int) -> Served | None:
+        """What was seen of the largest size that is not larger, else of the smallest; None where none was."""
+        return next((each for each in reversed(self.served) if each.workers <= workers), None) or next(
+            iter(self.served), None
+        )
 
     def kv_capacity(self, workers: int) -> float:
         """Tokens of KV that each of so many workers has room for."""

@@ -14,7 +14,7 @@ import numpy as np
 from flexpert.simulator.cluster import Cluster
 from flexpert.simulator.load import Load
 from flexpert.simulator.metrics import Records, Sizes, count_flaps, percentiles, sampling_of, timeline_of
-from flexpert.simulator.observe import Observer
+from flexpert.simulator.observe import Observer, window_of
 from flexpert.simulator.profile import Profile
 from flexpert.simulator.results import ScaleEvent, SimulationResult, Slo
 from flexpert.simulator.scalers import Scaler, Wish
@@ -53,7 +53,7 @@ class _Run:
     def __init__(self, load: Load, scaler: Scaler, setting: Setting) -> None:
         self.load, self.scaler, self.setting = load, scaler, setting
         profile = setting.profile
-        self.records = Records(slo=setting.slo, answer_s=profile.answer_s)
+        self.records = Records(slo=setting.slo)
         self.cluster = Cluster(
             profile,
             workers=setting.workers,
@@ -69,8 +69,10 @@ class _Run:
             rng=np.random.default_rng([setting.seed, 1]),
         )
         self.observer = Observer(
-            self.cluster, self.records, self.scaling, slo=setting.slo, devices=setting.devices, start_s=setting.start_s
-        )
+            self.cluster, self.records, self.scaling, slo=setting.slo, devices=setting.devices, start_s=setting.start_s,
+            window_s=window_of(scaler),
+        )  # fmt: skip
+        self.calm_s = 0.0  # from when on no process starts, as far as is known
         self.sizes = Sizes([], [], [], [])
         self.samples: list[tuple[int, float, float, float]] = []
         self.reasons: Counter[str] = Counter()
@@ -93,7 +95,8 @@ class _Run:
         tick_s, sample_s = 0.0, min(interval_s, load.span_s)
         end_s = load.span_s + MOST_DRAIN_S
         while True:
-            stop_s = min(tick_s, scaling.next_s, sample_s)
+            cluster.slow = self.setting.profile.starting if cluster.now_s < self.calm_s else 1.0
+            stop_s = min(tick_s, scaling.next_s, sample_s, self.calm_s if cluster.slow > 1.0 else math.inf)
             while upcoming is not None and upcoming[0] <= stop_s:
                 at_s, prompt, output = upcoming
                 cluster.advance(at_s)
@@ -133,6 +136,7 @@ class _Run:
         self.wanted = wish.wanted
         if wish.abort and self.scaling.running is not None:
             self.scaling.abort(now_s)
+            self._calm(now_s)
             self._note_sizes(now_s)
         elif wish.target is not None and self.scaling.running is None:
             self._order(wish, now_s)
@@ -152,7 +156,13 @@ class _Run:
                 decision_id=wish.decision_id,
             )
         )
+        self.calm_s = math.inf
         self._note_sizes(now_s)
+
+    def _calm(self, now_s: float) -> None:
+        """A transition is over; standbys that it took are replaced now."""
+        used = self.scaling.standbys(now_s) < min(self.scaler.standby, self.setting.devices - self.cluster.workers)
+        self.calm_s = now_s + self.setting.profile.standby_s if used else now_s
 
     def _commit(self) -> None:
         event = self.scaling.commit()
@@ -163,6 +173,7 @@ class _Run:
             self.cluster.shrink(-change)
         self.cluster.pause(event.stall_s)
         self.stalled_stream_s += event.stall_s * self.cluster.running
+        self._calm(event.ended_s or 0.0)
         self._note_sizes(event.ended_s or 0.0)
 
     def _note_sizes(self, now_s: float) -> None:

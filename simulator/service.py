@@ -27,7 +27,7 @@ class Request:
     """
 
     __slots__ = (
-        "arrived_s", "finish", "first_s", "generated", "lane", "output", "prompt", "start", "started_s", "todo", "weight",
+        "answer_s", "arrived_s", "finish", "first_s", "generated", "lane", "output", "prompt", "start", "started_s", "todo", "weight",
     )  # fmt: skip
 
     def __init__(self, arrived_s: float, prompt: int, output: int, weight: float) -> None:
@@ -41,6 +41,7 @@ class Request:
         self.finish = NEVER
         self.started_s = -1.0
         self.first_s = -1.0
+        self.answer_s = 0.0  # from its first token to its client
         self.lane: Lane | None = None
 
     def tokens(self, step: int) -> int:
@@ -49,15 +50,24 @@ class Request:
 
 
 class StepTimes:
-    """The profile's step times as tables."""
+    """What a profile says of one size of the cluster, as tables. overlap: as in profile.Served."""
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: Profile, workers: int = 1) -> None:
+        served = profile.serves(workers)
+        decode, prefill = (profile.decode, profile.prefill) if served is None else (served.decode, served.prefill)
         running = 4 * profile.max_running + 2
-        self.decode = [interpolate(profile.decode, n) for n in range(running + 1)]
-        self.prefill = [interpolate(profile.prefill, n) for n in range(profile.max_batch_tokens + 2)]
+        self.decode = [interpolate(decode, n) for n in range(running + 1)]
+        self.prefill = [interpolate(prefill, n) for n in range(profile.max_batch_tokens + 2)]
         self.prefill[0] = 0.0
         self.context_s = profile.context_s
         self.prefill_context_s = profile.prefill_context_s
+        self.overlap = 0.0 if served is None else served.overlap
+        self._answer = ((0.0, profile.answer_s),) if served is None else served.answer
+
+    def answer_s(self, running: float) -> float:
+        """From a step's end to the client, while so many requests run in the cluster."""
+        points = self._answer
+        return points[0][1] if len(points) == 1 else interpolate(points, min(running, points[-1][0]))
 
     def decode_s(self, running: float) -> float:
         low = min(int(running), len(self.decode) - 2)

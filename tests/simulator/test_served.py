@@ -1,0 +1,92 @@
+"""A cluster that is measured from outside: a modelled one whose times are known gives them back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from flexpert.loadtest.measure import Outcome
+from flexpert.loadtest.schedule import Arrival
+from flexpert.simulator.cluster import Cluster
+from flexpert.simulator.fit import MeasureError
+from flexpert.simulator.profile import Profile, Served, interpolate
+from flexpert.simulator.served import Noise, measure_served
+from flexpert.simulator.service import Request
+
+from .small import profile
+
+KNOWN = Served(
+    workers=2,
+    decode=((0.0, 0.012), (1.0, 0.016), (8.0, 0.03)),
+    prefill=((0.0, 0.0), (16.0, 0.004), (64.0, 0.01), (512.0, 0.09)),
+    overlap=0.6,
+    answer=((0.0, 0.005), (16.0, 0.011)),
+)
+LIMITS = {"max_running": 8, "max_batch_tokens": 512, "max_context_tokens": 2048, "kv_tokens": 100_000}
+ROUGHLY = {"decode": ((0.0, 0.02), (1.0, 0.02)), "prefill": ((0.0, 0.0), (512.0, 0.1))}
+
+
+def play_at(of: Profile, workers: int):
+    """Loads are played at a modelled cluster of this profile."""
+
+    def play(arrivals: Sequence[Arrival]) -> list[Outcome]:
+        outcomes: dict[Request, Outcome] = {}
+
+        def first(request: Request, now_s: float) -> None:
+            outcomes[request].first_s = now_s + request.answer_s
+
+        def last(request: Request, now_s: float) -> None:
+            outcomes[request].last_s, outcomes[request].end = now_s + request.answer_s, "ok"
+
+        cluster = Cluster(of, workers=workers, on_first=first, on_end=last)
+        for number, arrival in enumerate(arrivals):
+            cluster.advance(arrival.at_s)
+            request = Request(arrival.at_s, arrival.prompt_tokens, arrival.output_tokens, 1.0)
+            outcomes[request] = Outcome(
+                number, arrival.at_s, arrival.prompt_tokens, arrival.output_tokens, chunks=arrival.output_tokens
+            )
+            cluster.submit(request)
+        cluster.advance(1e6)
+        return list(outcomes.values())
+
+    return play
+
+
+def test_a_cluster_of_known_times_gives_them_back() -> None:
+    known = profile(served=(KNOWN,), context_s=1e-7, **LIMITS)
+    found = measure_served(
+        play_at(known, 2), workers=2, base=profile(context_s=1e-7, **LIMITS, **ROUGHLY), noise=Noise(), seed=1
+    )
+
+    for running in (1, 3, 8):
+        assert interpolate(found.decode, running) == pytest.approx(interpolate(KNOWN.decode, running), rel=0.03)
+    for tokens in (16, 64, 256):
+        assert interpolate(found.prefill, tokens) == pytest.approx(interpolate(KNOWN.prefill, tokens), rel=0.1)
+    assert interpolate(found.decode, 0) == pytest.approx(0.012, abs=0.002)
+    assert found.overlap == pytest.approx(0.6, abs=0.12)
+    for running in (2, 12):
+        assert interpolate(found.answer, running) == pytest.approx(interpolate(KNOWN.answer, running), abs=0.002)
+
+
+def test_a_worker_with_one_place_is_measured_too() -> None:
+    limits = LIMITS | {"max_running": 1}
+    found = measure_served(play_at(profile(**limits), 1), workers=1, base=profile(**limits), noise=Noise(), repeats=1)
+
+    assert interpolate(found.decode, 1) == pytest.approx(0.1)
+
+
+def test_a_request_that_fails_ends_the_measurement() -> None:
+    def refuse(arrivals: Sequence[Arrival]) -> list[Outcome]:
+        return [Outcome(0, 0.0, 16, 64, end="refused", error="429 for all") for _ in arrivals]
+
+    with pytest.raises(MeasureError, match="429 for all"):
+        measure_served(refuse, workers=1, base=profile(**LIMITS), noise=Noise())
+
+
+def test_noise_is_told() -> None:
+    noise = Noise()
+    assert noise.typical([1.0, 1.1, 1.2]) == 1.1
+    noise.typical([2.0, 2.0])
+
+    assert str(noise) == "equal measurements lay 9% apart (median), 18% at most"
