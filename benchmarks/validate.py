@@ -1,0 +1,255 @@
+"""The simulator against a real cluster on the CPU: the same arrivals, the same policy, predicted and measured side by side.
+
+    python benchmarks/validate.py           # some nine minutes on a machine that does nothing else
+    python benchmarks/validate.py --short   # a rehearsal: one turn of each measurement, short loads
+    python benchmarks/validate.py --profile served.json --engine engine.json   # profiles that were measured before
+
+In one run: `flexpert profile` measures the engine by itself, then the serving cluster from outside, at one and two workers with joins and
+leaves. Then the cluster is loaded, open loop: one worker at 40% and 70% of what it takes, two at 70%, and a policy that follows a step in
+the load. The simulator plays each load with the profile, and has seen nothing of these loads before.
+
+What a worker takes is bounded by --max-running: workers share the cores, so another one brings places. Latencies count from when a
+request was due. worker_s: workers that served, integrated over the load. "By engine alone": the prediction without what the serving
+cluster showed, for comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import saved_run
+import validate_rows as rows
+import yaml
+from elasticity import free_port
+from local_cluster import ADMIN_KEY, API_KEY, LocalCluster
+
+from flexpert.cli.api import AdminApi
+from flexpert.cli.profile_cluster import settle
+from flexpert.controller.policy.parse import parse_policy
+from flexpert.loadtest.conduct import LoadTest, conduct
+from flexpert.loadtest.lengths import Mix, parse_lengths
+from flexpert.loadtest.measure import RunResult
+from flexpert.loadtest.run import Users
+from flexpert.loadtest.schedule import Arrival
+from flexpert.loadtest.shapes import arrivals, duration_s
+from flexpert.loadtest.slo import parse_slos
+from flexpert.loadtest.spec import parse_shape
+from flexpert.loadtest.target import parse_url
+from flexpert.simulator.changes import read_changes
+from flexpert.simulator.load import load_of
+from flexpert.simulator.policies import PolicyScaler
+from flexpert.simulator.profile import Profile, load_profile
+from flexpert.simulator.results import SimulationResult, Slo
+from flexpert.simulator.runner import Setting, simulate
+from flexpert.simulator.scalers import Fixed, Scaler
+
+POLICY = Path(__file__).parents[1] / "examples" / "policies" / "default.yaml"
+WORKERS = 2
+SETTLE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Played:
+    """One load: seconds and rates as the load generator's shape, workers at its begin, "policy" or "" for a fixed size."""
+
+    name: str
+    shape: str
+    workers: int
+    policy: bool = False
+
+
+def run(test: LoadTest) -> RunResult:
+    """As `flexpert loadtest` does."""
+    import uvloop
+
+    return uvloop.run(conduct(test))
+
+
+def flexpert(*arguments: str) -> None:
+    """A command of the CLI; its lines are shown. Raises CalledProcessError."""
+    subprocess.run([sys.executable, "-m", "flexpert.cli", *arguments], check=True)
+
+
+def policy_text(args: argparse.Namespace) -> str:
+    """The shipped policy with this cluster's size and SLO, and a shrink that a short load can show."""
+    policy = yaml.safe_load(POLICY.read_text())
+    spec = policy["spec"]
+    spec["workers"] = {"min": 1, "max": WORKERS, "standby": 1}
+    spec["slo"] |= {"ttft": args.ttft, "tpot": args.tpot}
+    spec["behavior"]["scaleDown"]["stabilizationWindow"] = args.window
+    return yaml.safe_dump(policy, sort_keys=False)
+
+
+class Validation:
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder = args, folder
+        self.policy_file = folder / "policy.yaml"
+        self.policy_file.write_text(policy_text(args))
+        self.policy = parse_policy(self.policy_file.read_text())
+        config = self.policy.to_config()
+        assert config.slo is not None
+        self.slo = Slo(ttft_s=config.slo.ttft_s, tpot_s=config.slo.tpot_s, attainment=config.slo.attainment)
+        self.rows: list[dict[str, Any]] = []
+        self.notes: list[dict[str, Any]] = []
+
+    def cluster(self, *options: str) -> LocalCluster:
+        """Started, and its standby warm."""
+        args = self.args
+        common = ["--device", "cpu", "--memory", args.memory, "--max-running", str(args.max_running), "--standby", "1"]
+        here = LocalCluster(*options, *common, "--max-workers", str(WORKERS), port=free_port())
+        try:
+            here.start()
+            settle(self.api(here), seconds=SETTLE_S)
+        except BaseException:
+            here.close()
+            raise
+        return here
+
+    def api(self, here: LocalCluster) -> AdminApi:
+        return AdminApi(here.url, ADMIN_KEY)
+
+    # Profiles
+
+    def engine_profile(self) -> Profile:
+        args = self.args
+        if args.engine is None:
+            args.engine = self.folder / "engine.json"
+            flexpert(
+                "profile", "--out", str(args.engine), "--name", "engine", "--max-running", str(args.max_running),
+                "--memory", "128MiB", "--repeats", str(args.repeats),
+            )  # fmt: skip
+        return load_profile(str(args.engine))
+
+    def served_profile(self, here: LocalCluster) -> Profile:
+        args = self.args
+        if args.profile is None:
+            args.profile = self.folder / "served.json"
+            flexpert(
+                "profile", "--url", here.url, "--key", API_KEY, "--admin-key", ADMIN_KEY, "--base", str(args.engine), "--name", "served",
+                "--sizes", ",".join(str(size + 1) for size in range(WORKERS)), "--max-running", str(args.max_running),
+                "--repeats", str(args.repeats), "--out", str(args.profile),
+            )  # fmt: skip
+        return load_profile(str(args.profile))
+
+    # Loads
+
+    def mix(self) -> Mix:
+        prompts = parse_lengths(self.args.prompt_tokens, option="--prompt-tokens")
+        return Mix(prompts, parse_lengths(self.args.output_tokens, option="--output-tokens"))
+
+    def capacity(self, here: LocalCluster, workers: int) -> float:
+        """Requests/s with twice as many users as places."""
+        users = Users(2 * workers * self.args.max_running, 1, 0.0)
+        test = LoadTest(
+            target=parse_url(here.url, key=API_KEY), words="capacity", duration_s=SETTLE_S + self.args.capacity_s, mix=self.mix(),
+            seed=self.args.seed + 1000, users=users, warmup_s=SETTLE_S,
+        )  # fmt: skip
+        found = run(test).window.requests_per_s
+        self.notes.append({"what": f"capacity of {workers}, closed loop", "requests_per_s": found})
+        print(f"{workers} workers take {found:.2f} requests/s", flush=True)
+        return found
+
+    def play(self, here: LocalCluster, load: Played, profiles: tuple[Profile, Profile]) -> None:
+        shape, seed = parse_shape(load.shape), self.args.seed
+        schedule = list(arrivals(shape, seed=seed, mix=self.mix()))
+        seconds = duration_s(shape)
+        objectives = parse_slos(
+            [f"ttft<{self.args.ttft}", f"tpot<{self.args.tpot}", f"attainment>{self.slo.attainment}"]
+        )
+        result = run(
+            LoadTest(
+                target=parse_url(here.url, key=API_KEY), words=load.shape, duration_s=seconds, admin_key=ADMIN_KEY, seed=seed,
+                schedule=lambda: iter(schedule), objectives=tuple(objectives),
+            )
+        )  # fmt: skip
+        changes = read_changes([event.fields for event in result.events], workers=load.workers)
+        said, alone = (self.say(load, schedule, seconds, profile) for profile in profiles)
+        self.rows.append(rows.row(load.name, result, workers=load.workers, changes=changes, said=said, alone=alone))
+        saved_run.print_table(rows.table(self.rows[-1]))
+        if load.policy:
+            print(
+                "changes measured",
+                self.rows[-1]["measured"]["changes"],
+                "predicted",
+                self.rows[-1]["predicted"]["changes"],
+            )
+
+    def say(self, load: Played, schedule: list[Arrival], seconds: float, profile: Profile) -> SimulationResult:
+        """What the simulator makes of it."""
+        scaler: Scaler = Fixed(load.workers)
+        if load.policy:
+            scaler = PolicyScaler("policy", self.policy.to_config(), policy=self.policy)
+        setting = Setting(profile=profile, devices=WORKERS, slo=self.slo, workers=load.workers, seed=self.args.seed)
+        return simulate(load_of(schedule, span_s=seconds), scaler, setting)
+
+    def all(self) -> None:
+        args, engine = self.args, self.engine_profile()
+        here = self.cluster("--workers", "1")
+        try:
+            profiles = (self.served_profile(here), engine)
+            one = self.capacity(here, 1)
+            for share in (0.4, 0.7):
+                text = f"poisson rate={share * one:g} duration={args.seconds:g}"
+                self.play(here, Played(f"1 worker at {share:.0%}", text, 1), profiles)
+            here.command("scale", "2", "--url", here.url, "--admin-key", ADMIN_KEY)
+            settle(self.api(here), seconds=SETTLE_S)
+            two = self.capacity(here, 2)
+            text = f"poisson rate={0.7 * two:g} duration={args.seconds:g}"
+            self.play(here, Played("2 workers at 70%", text, 2), profiles)
+        finally:
+            here.close()
+        here = self.cluster("--policy", str(self.policy_file))
+        try:
+            low, high, each = 0.3 * one, min(1.2 * one, 0.85 * two), args.seconds
+            text = f"poisson rate={low:g} duration={each / 2:g} then poisson rate={high:g} duration={each:g} then "
+            text += f"poisson rate={low:g} duration={2 * each:g}"
+            self.play(here, Played("policy, a step in the load", text, 1, policy=True), profiles)
+        finally:
+            here.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="a rehearsal of some three minutes")
+    parser.add_argument(
+        "--seconds", type=float, default=40.0, help="of each load; the last one takes 3.5 times as long"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each measurement of a profile")
+    parser.add_argument("--capacity-s", type=float, default=12.0, help="for what a size takes")
+    parser.add_argument("--profile", type=Path, help="of the serving cluster, measured before")
+    parser.add_argument("--engine", type=Path, help="of the engine alone, measured before")
+    parser.add_argument("--max-running", type=int, default=8)
+    parser.add_argument("--prompt-tokens", default="64")
+    parser.add_argument("--output-tokens", default="64")
+    parser.add_argument("--ttft", default="250ms")
+    parser.add_argument("--tpot", default="60ms")
+    parser.add_argument("--window", default="20s", help="of the policy's scaleDown")
+    parser.add_argument("--memory", default="512MiB")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=saved_run.RESULTS)
+    args = parser.parse_args()
+    if args.short:
+        args.seconds, args.repeats, args.capacity_s = 12.0, 1, 5.0
+    started = datetime.datetime.now(datetime.UTC)
+    with tempfile.TemporaryDirectory() as folder:
+        validation = Validation(args, Path(folder))
+        validation.all()
+        profiles = [
+            {"what": f"profile {path.stem}", **yaml.safe_load(path.read_text())} for path in (args.engine, args.profile)
+        ]
+    reached = rows.goals(validation.rows)
+    saved_run.print_table(reached)
+    name = "validate-short" if args.short else "validate"
+    everything = [*validation.rows, *validation.notes, *profiles]
+    print("saved", saved_run.save(name, device="cpu", rows=everything, goals=reached, started=started, folder=args.out))
+
+
+if __name__ == "__main__":
+    main()
