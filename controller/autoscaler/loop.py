@@ -249,6 +249,10 @@ class Autoscaler:
         if plan.kind == "abort":
             if self._cluster.give_up(plan.transition_id):
                 self._cluster.tell("scaling", f"policy {policy} gives up {plan.transition_id}: {text}", **details)
+            else:
+                self.log.refused(
+                    decision.decision_id, f"{plan.transition_id} has ended, or gone too far to be given up"
+                )
             return
         self._cluster.tell(
             "scaling", f"policy {policy}: {plan.from_workers} -> {plan.target} workers: {text}",

@@ -79,6 +79,18 @@ async def test_growth_that_never_comes_is_given_up(tmp_path: Path) -> None:
     assert any("gives up t-1" in text for text in world.cluster.told("scaling"))
 
 
+async def test_growth_that_has_gone_too_far_to_be_given_up_is_left_alone(tmp_path: Path) -> None:
+    world = World(tmp_path, text=POLICY + "  growTimeout: 30s\n", join_s=None)
+    world.cluster.give_up = lambda transition_id: False  # type: ignore[method-assign]
+    await overload(world)
+    await world.run_for(40)
+    given_up = next(
+        one for one in world.autoscaler.log.entries if one.decision.action and one.decision.action.kind == "abort"
+    )
+    assert "too far" in given_up.refused
+    assert not any("gives up" in text for text in world.cluster.told("scaling"))
+
+
 async def test_a_refused_order_is_told_and_not_hammered(world: World) -> None:
     world.cluster.refusal = AdminError("impossible", "3 workers cannot hold the model")
     await overload(world)
