@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from flexpert.loadtest.measure import Outcome
+from flexpert.loadtest.schedule import Arrival
+from flexpert.simulator.cluster import Cluster
 from flexpert.simulator.load import Load
 from flexpert.simulator.profile import Duration, Profile
 from flexpert.simulator.results import SimulationResult, Slo
 from flexpert.simulator.runner import START_S, Setting, simulate
 from flexpert.simulator.scalers import Fixed, Scaler, Scheduled
+from flexpert.simulator.service import Request
 
 NOW = Duration(mean_s=0.0, p95_s=0.0)
 
@@ -67,3 +71,29 @@ def run(
     return simulate(
         played, scaler or Fixed(fields["workers"]), Setting(profile=of or profile(), slo=slo or Slo(ttft_s=1.0, tpot_s=0.2), **fields)
     )  # fmt: skip
+
+
+def play_at(of: Profile, workers: int):
+    """Loads are played at a modelled cluster of this profile."""
+
+    def play(arrivals: Sequence[Arrival]) -> list[Outcome]:
+        outcomes: dict[Request, Outcome] = {}
+
+        def first(request: Request, now_s: float) -> None:
+            outcomes[request].first_s = now_s + request.answer_s
+
+        def last(request: Request, now_s: float) -> None:
+            outcomes[request].last_s, outcomes[request].end = now_s + request.answer_s, "ok"
+
+        cluster = Cluster(of, workers=workers, on_first=first, on_end=last)
+        for number, arrival in enumerate(arrivals):
+            cluster.advance(arrival.at_s)
+            request = Request(arrival.at_s, arrival.prompt_tokens, arrival.output_tokens, 1.0)
+            outcomes[request] = Outcome(
+                number, arrival.at_s, arrival.prompt_tokens, arrival.output_tokens, chunks=arrival.output_tokens
+            )
+            cluster.submit(request)
+        cluster.advance(1e6)
+        return list(outcomes.values())
+
+    return play

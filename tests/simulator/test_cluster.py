@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexpert.simulator.cluster import Cluster
+from flexpert.simulator.profile import Served
 from flexpert.simulator.results import Slo
 from flexpert.simulator.service import Request
 
@@ -79,6 +80,38 @@ def test_exchange_and_context_lengthen_a_step() -> None:
 
     assert seen.first[100] == pytest.approx(0.25)
     assert seen.ended[100] == pytest.approx(0.25 + 0.1 + 0.05 + 0.101)
+
+
+def test_a_served_size_has_steps_and_ways_of_its_own() -> None:
+    two = Served(
+        workers=2,
+        decode=((0.0, 0.2),),
+        prefill=((0.0, 0.0), (100.0, 0.1)),
+        overlap=0.5,
+        answer=((0.0, 0.0), (2.0, 0.02)),
+    )
+    one = Served(workers=1, decode=((0.0, 0.1),), prefill=((0.0, 0.0), (100.0, 0.1)), answer=((0.0, 0.005),))
+    seen = Seen(workers=2, served=(one, two))
+    first = Request(0.0, 60, 2, 1.0)
+    seen.cluster.submit(first)
+    seen.send(0.0, 80, 2)
+    seen.cluster.advance(0.2)
+
+    # The longer prompt, half of the other one, and the way out beside two that run.
+    assert seen.first == {60: pytest.approx(0.2 + 0.08 + 0.03), 80: pytest.approx(0.2 + 0.08 + 0.03)}
+    assert first.answer_s == pytest.approx(0.02)
+    seen.cluster.shrink(1)
+    seen.finish()
+    assert seen.ended[60] == pytest.approx(0.31 + 0.1)
+
+
+def test_steps_take_longer_while_processes_start() -> None:
+    slow = profile(starting=2.0, standby_s=3.0)
+    found = run(load([0.0], 10, 100, span_s=20.0), by_the_clock((0.0, 1), (2.0, 2)), of=slow)
+    calm = run(load([0.0], 10, 100, span_s=20.0), by_the_clock((0.0, 1), (2.0, 2)))
+
+    # From the order at 2 s until the commit at 4 s, and 3 s more where a standby was used; no standby is wanted here.
+    assert found.tpot_s.mean * 99 - calm.tpot_s.mean * 99 == pytest.approx(1.0, abs=0.15)
 
 
 def test_requests_beyond_the_batch_wait_in_order() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from flexpert.simulator.fit import MeasureError, Step, fit
+from flexpert.simulator.fit import MeasureError, Step, fit, spread
 from flexpert.simulator.profile import PROFILES, Duration, ProfileError, interpolate, load_profile, read_profile
 
 from .small import profile
+
+SERVED = {"workers": 2, "decode": [[1, 0.1]], "prefill": [[0, 0]], "answer": [[0, 0.01]]}
 
 
 def written(**changes) -> bytes:
@@ -32,6 +34,10 @@ def test_a_profile_reads_as_it_was_written() -> None:
         ({"move_bytes_per_s": 0}, "move_bytes_per_s"),
         ({"kv_tokens": "many"}, "kv_tokens"),
         ({"speed": 3}, "speed"),
+        ({"starting": 0.5}, "starting 0.5: expected 1 or more"),
+        ({"served": [SERVED, SERVED]}, r"served: sizes \[2, 2\]"),
+        ({"served": [SERVED | {"overlap": 2}]}, "overlap 2"),
+        ({"served": [SERVED | {"answer": []}]}, "served by 2: answer: no points"),
     ],
 )
 def test_a_wrong_profile_names_the_field(changes: dict, words: str) -> None:
@@ -88,3 +94,19 @@ def test_the_steps_of_an_engine_give_its_profile() -> None:
 def test_steps_that_show_nothing_are_an_error() -> None:
     with pytest.raises(MeasureError, match="only decode"):
         fit([Step(0, 0, 16, 0, 0.1)], profile())
+
+
+def test_a_size_takes_what_was_seen_of_the_next_smaller_one() -> None:
+    found = read_profile(written(served=[SERVED, SERVED | {"workers": 4}]))
+
+    sizes = [found.serves(workers).workers for workers in (1, 2, 3, 4, 9)]
+    assert sizes == [2, 2, 2, 4, 4]
+    assert profile().serves(1) is None
+
+
+def test_steps_that_lie_apart_are_noise() -> None:
+    calm = [Step(1, 24, 0, 0, 0.01)] * 8
+    busy = [Step(2, 48, 0, 0, seconds) for seconds in (0.01, 0.01, 0.02, 0.03, 0.04, 0.04)]
+
+    assert spread(calm) == (0.0, 0.0)
+    assert spread(calm + busy)[1] > 0.5

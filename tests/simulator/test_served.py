@@ -8,13 +8,11 @@ import pytest
 
 from flexpert.loadtest.measure import Outcome
 from flexpert.loadtest.schedule import Arrival
-from flexpert.simulator.cluster import Cluster
 from flexpert.simulator.fit import MeasureError
-from flexpert.simulator.profile import Profile, Served, interpolate
+from flexpert.simulator.profile import Served, interpolate
 from flexpert.simulator.served import Noise, measure_served
-from flexpert.simulator.service import Request
 
-from .small import profile
+from .small import play_at, profile
 
 KNOWN = Served(
     workers=2,
@@ -25,32 +23,6 @@ KNOWN = Served(
 )
 LIMITS = {"max_running": 8, "max_batch_tokens": 512, "max_context_tokens": 2048, "kv_tokens": 100_000}
 ROUGHLY = {"decode": ((0.0, 0.02), (1.0, 0.02)), "prefill": ((0.0, 0.0), (512.0, 0.1))}
-
-
-def play_at(of: Profile, workers: int):
-    """Loads are played at a modelled cluster of this profile."""
-
-    def play(arrivals: Sequence[Arrival]) -> list[Outcome]:
-        outcomes: dict[Request, Outcome] = {}
-
-        def first(request: Request, now_s: float) -> None:
-            outcomes[request].first_s = now_s + request.answer_s
-
-        def last(request: Request, now_s: float) -> None:
-            outcomes[request].last_s, outcomes[request].end = now_s + request.answer_s, "ok"
-
-        cluster = Cluster(of, workers=workers, on_first=first, on_end=last)
-        for number, arrival in enumerate(arrivals):
-            cluster.advance(arrival.at_s)
-            request = Request(arrival.at_s, arrival.prompt_tokens, arrival.output_tokens, 1.0)
-            outcomes[request] = Outcome(
-                number, arrival.at_s, arrival.prompt_tokens, arrival.output_tokens, chunks=arrival.output_tokens
-            )
-            cluster.submit(request)
-        cluster.advance(1e6)
-        return list(outcomes.values())
-
-    return play
 
 
 def test_a_cluster_of_known_times_gives_them_back() -> None:
