@@ -75,6 +75,7 @@ class DecisionState(BaseModel):
     reason: str
     text: str
     transition_id: str | None
+    refused: str | None = Field(default=None, description="Why its order was not taken.")
     outcome: dict[str, Any] | None
 
 
