@@ -39,6 +39,7 @@ spec:
 """
 PROMPT = "x" * 1500  # a token each: four of them are three quarters of the KV of one worker
 STREAMS = 4
+SLOWEST_S = 120.0  # a wait on a machine with much else to do; what is waited for takes a second or two
 
 
 class Load:
@@ -108,7 +109,9 @@ class Scaled:
     def decision(self, condition: Callable[[dict[str, Any]], Any], *, what: str) -> dict[str, Any]:
         """The first such decision since `begin`."""
         try:
-            return dict(wait_until(lambda: next(filter(condition, self.decisions()), None), what=what, timeout_s=60))
+            return dict(
+                wait_until(lambda: next(filter(condition, self.decisions()), None), what=what, timeout_s=SLOWEST_S)
+            )
         except AssertionError as error:
             last = [f"{one['reason']}: {one['text']}" for one in self.decisions()[-5:]]
             raise AssertionError(f"{error}; the last decisions: {last}") from error
@@ -117,7 +120,7 @@ class Scaled:
         def find() -> dict[str, Any] | None:
             return next((event for event in self.api.events(after=self.seen) if text in event["text"]), None)
 
-        return dict(wait_until(find, what=f"an event that says {text!r}", timeout_s=60))
+        return dict(wait_until(find, what=f"an event that says {text!r}", timeout_s=SLOWEST_S))
 
     def size(self, workers: int) -> None:
         """Once that many serve and no transition runs."""
@@ -127,7 +130,7 @@ class Scaled:
             running = (status["transition"] or {}).get("state") == "running"
             return not running and len(status["workers"]) == workers
 
-        wait_until(reached, what=f"{workers} workers", timeout_s=60)
+        wait_until(reached, what=f"{workers} workers", timeout_s=SLOWEST_S)
 
     def ordered(self, reason: str) -> dict[str, Any]:
         """The first decision that began a transition for that reason."""
