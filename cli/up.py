@@ -95,9 +95,8 @@ def run_up(options: UpOptions) -> None:
 class _Up:
     def __init__(self, options: UpOptions, runtime: RuntimeDir, screen: Screen) -> None:
         self._options, self._runtime, self._screen = options, runtime, screen
-        self._stop_asked = asyncio.Event()
+        self._stop_asked, self._hurry = asyncio.Event(), asyncio.Event()
         self._stop_asked_at_s = 0.0
-        self._hurry = asyncio.Event()
         self._contact = Contact(runtime.controller_pid)
         self._ray: Any = None
         self._ray_lost_s: deque[float] = deque(maxlen=MAX_RAY_LOSSES)
@@ -275,8 +274,8 @@ class _Up:
         self._screen.step("ending at once")
 
     async def _go_on_without_ray(self) -> bool:
-        """Processes of the private Ray died. A fresh Ray takes its place, unless the end was asked for: a signal to the whole
-        process group, as from a closed terminal, ends Ray too. Raises CommandError where it dies too often."""
+        """Processes of the private Ray died. A fresh Ray takes its place, unless the end was asked for: a signal to all
+        processes, as from a service manager, ends Ray too. Raises CommandError where it dies too often."""
         await asyncio.sleep(WATCH_S)  # one signal reaches several processes one after another
         await self._finish_requests()
         if self._stop_asked.is_set():
@@ -286,9 +285,7 @@ class _Up:
         often = len(self._ray_lost_s) == MAX_RAY_LOSSES and now_s - self._ray_lost_s[0] < RAY_LOSSES_S
         if not self._ready or often:
             when = "too often" if often else "before the cluster was ready"
-            raise CommandError(
-                "ray", f"Ray's {what} ended unexpectedly, {when}; see `flexpert logs up`, and start again"
-            )
+            raise CommandError("ray", f"Ray's {what} ended unexpectedly, {when}; see `flexpert logs up`; start again")
         self._ray_lost_s.append(now_s)
         self._screen.step(f"Ray's {what} ended unexpectedly; starting a fresh Ray")
         self._contact.lost(f"Ray's {what} ended unexpectedly")
@@ -315,8 +312,11 @@ class _Up:
         """A fresh Ray and a controller that goes on where the last one was: same port, same keys; the HBM managers are adopted."""
         self._ready, self._controller = False, None
         self._write_state()
+        if "gcs_server" in self._ray.lost:  # one that still answers lets Ray be left in order, which is quicker
+            await asyncio.to_thread(end_all, children(ProcessId.own()), grace_s=END_GRACE_S)
+        left = await asyncio.to_thread(self._ray.shutdown, f"{self._options.name}:", wait_s=LEAVE_RAY_S)
         await asyncio.to_thread(end_all, children(ProcessId.own()), grace_s=END_GRACE_S)
-        if not await asyncio.to_thread(self._ray.shutdown, f"{self._options.name}:", wait_s=LEAVE_RAY_S):
+        if not left:
             raise CommandError("ray", "Ray ended unexpectedly and cannot be left; start again")
         self._spec = replace(self._spec, port=self._port or self._spec.port)
         self._start_ray()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import logging
 import os
 import re
@@ -17,12 +18,14 @@ import socket
 import tempfile
 import threading
 import traceback
-from collections.abc import Awaitable, Collection, Sequence
+from collections.abc import Awaitable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.exceptions
+from ray._private import services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flexpert.controller.placement import Node
@@ -70,10 +73,11 @@ class RayCluster:
                 temp_dir = Path(
                     tempfile.mkdtemp(prefix="flexpert-ray-", dir="/tmp")
                 )  # short: sockets lie deep below it
-                ray.init(
-                    address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES,
-                    _temp_dir=str(temp_dir), _system_config={"gcs_rpc_server_reconnect_timeout_s": GCS_AWAY_S}, **quiet,
-                )  # fmt: skip
+                with _in_groups_of_their_own():
+                    ray.init(
+                        address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES,
+                        _temp_dir=str(temp_dir), _system_config={"gcs_rpc_server_reconnect_timeout_s": GCS_AWAY_S}, **quiet,
+                    )  # fmt: skip
         except BaseException as error:
             if temp_dir is not None:
                 ray.shutdown()
@@ -134,6 +138,22 @@ class RayCluster:
             ray._private.worker.global_worker.threads_stopped.set()
         except AttributeError:
             log.warning("this version of Ray may be busy without its GCS")
+
+
+@contextlib.contextmanager
+def _in_groups_of_their_own() -> Iterator[None]:
+    """Processes that Ray starts meanwhile do not get the signals of our process group, as from a terminal: they are needed to drain, and
+    end with us anyway."""
+    popen = getattr(services, "ConsolePopen", None)
+    if popen is None:
+        log.warning("this version of Ray ends with a signal to the whole process group")
+        yield
+        return
+    services.ConsolePopen = partial(popen, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 def _check_reachable(address: str) -> None:

@@ -56,7 +56,7 @@ def cluster(tiny_model: Path) -> Iterator[Cluster]:
     except BaseException:
         found.end()
         raise
-    # As `timeout` and closed terminals do it: Ray's processes get the signal too. It must end in order all the same.
+    # As `timeout` and closed terminals do it.
     assert found.end(whole_group=True) == 0, found.text
     assert not (path / "default" / "state.json").exists()
     shutil.rmtree(path, ignore_errors=True)

@@ -120,7 +120,7 @@ class Cluster:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, timeout=120, max_retries=0, **options)
 
     def end(self, *, whole_group: bool = False) -> int:
-        """SIGTERM to `up`, or to its process group and so to Ray's processes too; the code it ends with. Killed where it does not end."""
+        """SIGTERM to `up`, or to its whole process group; the code it ends with. Killed where it does not end."""
         if self.process.poll() is None:
             if whole_group:
                 os.killpg(self.process.pid, signal.SIGTERM)

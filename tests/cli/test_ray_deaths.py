@@ -57,12 +57,16 @@ def test_cluster_outlives_its_private_ray(runtime: Path, tiny_model: Path) -> No
             assert now["manager"]["pid"] == first["manager"]["pid"]
             assert not now["workers"][0]["weights_loaded"], "they are mapped again"
             assert now["uptime_s"] > first["uptime_s"]
-        assert stream_tokens(cluster.client(), **GREEDY) == expected, "on the same port, with the same key"
         pids = [lives[-1][name]["pid"] for name in ("controller", "gateway", "manager")]
         others = [ProcessId.of(pid) for pid in (*pids, lives[-1]["workers"][0]["pid"])]
+        signal_group = partial(os.killpg, cluster.process.pid, signal.SIGTERM)  # as a terminal and `timeout` do it
+        drained = stream_tokens(cluster.client(), after=5, then=signal_group, **GREEDY)
+        assert drained == expected, "on the same port, with the same key, and Ray lives until requests have ended"
+        cluster.process.wait(60)
     finally:
         code = cluster.end()
     assert code == 0, cluster.text
     assert "controller replaced after" in cluster.text
+    assert "ending at once" not in cluster.text
     assert all(process is None or process.wait(10) for process in others), "nothing is left running"
     assert not RuntimeDir(runtime / "default").state.exists()
