@@ -1,21 +1,27 @@
 """The free granules of a KV pool as runs of neighbouring ids, so that what a slot gets can be mapped in few calls.
 
-Pure. Called by `workers.kv_books` only; which slot holds a granule that is not free is written there.
+A taker gets the neighbours of what it has, else the smallest run that is long enough, lowest ids first, so that long runs stay long;
+it begins behind nobody who is growing, as far as there is a choice. What leaves the pool are the highest ids. Finding a run costs the
+logarithm of their number.
+
+Pure. Called by `workers.kv_books` and `workers.kv_trade` only; which slot holds a granule that is not free is written there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from heapq import heapify, heappop, heappush
+from bisect import bisect_left, insort
+from collections.abc import Container, Iterable, Iterator
+
+_CANDIDATES = 8  # how many runs that are long enough are looked at for one that nobody grows into
 
 
 class FreeGranules:
-    """A set of granule ids. `take` hands out neighbours of a given id first, then pieces of the longest runs."""
+    """A set of granule ids."""
 
     def __init__(self, granules: Iterable[int] = ()) -> None:
         self._end_of: dict[int, int] = {}  # first id of a run -> one past its last
         self._start_of: dict[int, int] = {}  # and back
-        self._longest: list[tuple[int, int, int]] = []  # heap of (-length, start, end), past runs too
+        self._by_length: list[tuple[int, int]] = []  # (length, start), sorted
         self._count = 0
         self.give(granules)
 
@@ -25,6 +31,11 @@ class FreeGranules:
     def __iter__(self) -> Iterator[int]:
         for start, end in self._end_of.items():
             yield from range(start, end)
+
+    def lowest_run(self, length: int) -> int | None:
+        """The first id of the lowest run of at least `length` ids; None where there is none."""
+        at = bisect_left(self._by_length, (length, -1))
+        return min((start for _, start in self._by_length[at:]), default=None)
 
     def give(self, granules: Iterable[int]) -> None:
         """Make these ids free again; they must not be free already."""
@@ -36,36 +47,63 @@ class FreeGranules:
                 first = position
         self._count += len(ids)
 
-    def take(self, count: int, *, after: int | None = None) -> list[int]:
-        """`count` ids, where possible those that follow `after`. There must be as many (len)."""
+    def take(self, count: int, *, after: int | None = None, room: int = 0, growing: Container[int] = ()) -> list[int]:
+        """`count` ids, where possible those that follow `after`. There must be as many (len).
+
+        room: how many the taker will want in all, as far as is known. growing: who holds one of these will want the ids behind it.
+        """
         if count > self._count:
             raise ValueError(f"{count} granules wanted, {self._count} are free: reclaim some first")
         taken: list[int] = []
-        wanted_start = None if after is None else after + 1
+        begin = None if after is None else after + 1
         while len(taken) < count:
             missing = count - len(taken)
-            if wanted_start is None or wanted_start not in self._end_of:
-                wanted_start = self._open_run(missing)
-            end = self._end_of[wanted_start]
-            cut = min(end, wanted_start + missing)
-            self._forget(wanted_start, end)
+            if begin is None or begin not in self._end_of:
+                begin = self._open_run(missing, max(missing, room - len(taken)), growing)
+            end = self._end_of[begin]
+            cut = min(end, begin + missing)
+            self._forget(begin, end)
             if cut < end:
                 self._remember(cut, end)
-            taken.extend(range(wanted_start, cut))
-            wanted_start = cut
+            taken.extend(range(begin, cut))
+            begin = cut
         self._count -= count
         return taken
 
-    def _open_run(self, count: int) -> int:
-        """Where to begin in the longest run: in its middle, so that whoever holds the ids before it can grow too."""
-        while True:
-            _, start, end = self._longest[0]
-            if self._end_of.get(start) == end:
+    def take_highest(self, count: int) -> list[int]:
+        """The `count` highest ids, sorted. There must be as many."""
+        if count > self._count:
+            raise ValueError(f"{count} granules wanted, {self._count} are free: reclaim some first")
+        runs: list[range] = []
+        missing = count
+        for start in sorted(self._end_of, reverse=True):
+            if not missing:
                 break
-            heappop(self._longest)
-        middle = start + (end - start) // 2
-        if end - middle < count or start == middle:
-            return start
+            end = self._end_of[start]
+            cut = max(start, end - missing)
+            self._forget(start, end)
+            if cut > start:
+                self._remember(start, cut)
+            runs.append(range(cut, end))
+            missing -= end - cut
+        self._count -= count
+        return [granule for run in reversed(runs) for granule in run]
+
+    def _open_run(self, count: int, room: int, growing: Container[int]) -> int:
+        """Where to begin, so that `room` ids follow if possible, and whoever holds the ids before can grow too."""
+        at = bisect_left(self._by_length, (room, -1))
+        for length, start in self._by_length[at : at + _CANDIDATES]:
+            if start - 1 not in growing:
+                return start
+            if length >= 2 * room:
+                return self._cut(start, start + length // 2)
+        length, start = self._by_length[-1]
+        if start - 1 in growing and length // 2 >= count:
+            return self._cut(start, start + length // 2)
+        return start
+
+    def _cut(self, start: int, middle: int) -> int:
+        end = self._end_of[start]
         self._forget(start, end)
         self._remember(start, middle)
         self._remember(middle, end)
@@ -85,11 +123,9 @@ class FreeGranules:
     def _remember(self, start: int, end: int) -> None:
         self._end_of[start] = end
         self._start_of[end] = start
-        heappush(self._longest, (start - end, start, end))
-        if len(self._longest) > 4 * len(self._end_of) + 64:
-            self._longest = [(first - last, first, last) for first, last in self._end_of.items()]
-            heapify(self._longest)
+        insort(self._by_length, (end - start, start))
 
     def _forget(self, start: int, end: int) -> None:
         del self._end_of[start]
         del self._start_of[end]
+        del self._by_length[bisect_left(self._by_length, (end - start, start))]

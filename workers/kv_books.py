@@ -32,6 +32,7 @@ from flexpert.workers.step import CopyTokens, MemoryOp
 __all__ = ["Grant", "KvBooks", "KvGeometry", "SlotRecord"]
 
 _CANDIDATES = 8  # how many slots with the same longest prefix are looked at for the best one to reuse
+_MOST_ROOM = 16  # granules that a request is expected to grow by, at most: longer runs are not kept whole for it
 
 
 class KvBooks:
@@ -126,7 +127,11 @@ class KvBooks:
         if self.available_granules - missing - self._ahead > self.total_granules // 8:
             wanted = self.geometry.granules_for(min(end_tokens + self._ahead_tokens(), limit_tokens))
             missing = max(missing, min(wanted - len(held.granules), missing + self._ahead))
-        granules = self._take_granules(missing, after=held.granules[-1] if held.granules else None)
+        granules = self._take_granules(
+            missing,
+            after=held.granules[-1] if held.granules else None,
+            room=self.geometry.granules_for(limit_tokens) - len(held.granules),
+        )
         assert granules is not None, "available granules could not be reclaimed"
         self._map(held, granules)
         return True
@@ -276,12 +281,20 @@ class KvBooks:
             if slot.running:
                 self._pins[granule] = self._pins.get(granule, 0) + 1
 
-    def _take_granules(self, count: int, *, after: int | None, keep: Slot | None = None) -> list[int] | None:
+    def _take_granules(
+        self, count: int, *, after: int | None, room: int = 0, keep: Slot | None = None
+    ) -> list[int] | None:
         """`count` granules out of the free ones and, least recently used first, those of donors other than `keep`."""
+        if not self._reclaim(count, keep=keep):
+            return None
+        return self._free.take(count, after=after, room=min(room, _MOST_ROOM), growing=self._pins)
+
+    def _reclaim(self, count: int, *, keep: Slot | None = None) -> bool:
+        """Have `count` granules free; False where donors other than `keep` do not hold enough."""
         while (short := count - len(self._free)) > 0:
             victim = next((self._slots[index] for index in self._donors if self._slots[index] is not keep), None)
             if victim is None:
-                return None
+                return False
             # A few more than needed at a time: the next to grow will want them.
             remaining = len(victim.granules) - max(short, 4 * self._ahead)
             if remaining >= self._shared_granules(victim) and self.geometry.tokens_in(remaining) > 0:
@@ -292,7 +305,7 @@ class KvBooks:
                 self._shrink(victim, remaining, tokens)
             else:
                 self._drop(victim)
-        return self._free.take(count, after=after)
+        return True
 
     def _fresh_slot(self, keep: Slot | None = None) -> Slot | None:
         """A slot that holds nothing; the least recently used donor other than `keep` gives way if need be."""

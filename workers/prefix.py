@@ -119,6 +119,16 @@ class PrefixIndex:
     def remove(self, slot: int) -> None:
         self.truncate(slot, 0)
 
+    def move(self, slot: int, to: int) -> None:
+        """The slot's sequence becomes that of `to`, which has the empty one."""
+        node = last = self._last.pop(slot, None)
+        while node is not None and node.parent is not None:
+            del node.slots[slot]
+            node.slots[to] = None
+            node = node.parent
+        if last is not None:
+            self._last[to] = last
+
     def _split(self, node: _Node, at: int) -> _Node:
         """Cut the node's edge after `at` tokens; the new upper node is returned, the lower one keeps its identity."""
         assert node.parent is not None

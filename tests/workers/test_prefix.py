@@ -37,6 +37,12 @@ class Sequences(RuleBasedStateMachine):
         self.index.remove(slot)
         self.model.pop(slot, None)
 
+    @rule(slot=SLOTS, to=SLOTS)
+    def move(self, slot: int, to: int) -> None:
+        if not self.model.get(to) and slot != to:
+            self.index.move(slot, to)
+            self.model[to] = self.model.pop(slot, [])
+
     @rule(tokens=TOKENS, limit=st.integers(0, 9))
     def match(self, tokens: list[int], limit: int) -> None:
         limit = min(limit, len(tokens))
