@@ -118,11 +118,12 @@ def _policy(file: str) -> ScalingPolicy:
 
 
 def _named(files: str, policies: list[ScalingPolicy]) -> Iterator[tuple[str, ScalingPolicy]]:
-    """The policy's own name, the file's where two have the same."""
+    """The policy's own name; where two have the same the file's, or its path where these are the same too."""
     names = [policy.metadata.name for policy in policies]
+    stems = [Path(file).stem for file in files.split(",") if file]
     for file, policy in zip([file for file in files.split(",") if file], policies, strict=True):
-        name = policy.metadata.name
-        yield (name if names.count(name) == 1 else file), policy
+        candidates = ((policy.metadata.name, names), (Path(file).stem, stems))
+        yield next((name for name, of in candidates if of.count(name) == 1), file), policy
 
 
 def _slo(options: SimulateOptions, policies: list[ScalingPolicy]) -> Slo:

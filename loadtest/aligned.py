@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from flexpert.loadtest.measure import Interval, ServerEvent
 
-__all__ = ["AFTER_S", "Change", "Touched", "changes", "incidents", "touched", "workers_over_time"]
+__all__ = ["AFTER_S", "Change", "Touched", "changes", "decisions", "others", "touched", "troubles", "workers_over_time"]
 
 AFTER_S = 30.0  # a change is answerable for the requests intended from its begin to so long after its end
+_TROUBLES = ("died", "manager_died", "failed", "expired", "killed", "left_out", "gave_up")
 _STEPS = ("begun", "committed", "aborting", "ended")
 
 
@@ -70,9 +71,19 @@ def changes(events: Sequence[ServerEvent]) -> list[Change]:
     return sorted(found.values(), key=lambda change: change.at_s)
 
 
-def incidents(events: Sequence[ServerEvent]) -> list[ServerEvent]:
-    """What is no step of a transition: deaths, failures, decisions."""
+def others(events: Sequence[ServerEvent]) -> list[ServerEvent]:
+    """What is no step of a transition."""
     return [event for event in events if event.kind not in (*_STEPS, "retired")]
+
+
+def troubles(events: Sequence[ServerEvent]) -> list[ServerEvent]:
+    """Deaths and failures."""
+    return [event for event in events if event.kind in _TROUBLES]
+
+
+def decisions(events: Sequence[ServerEvent]) -> list[ServerEvent]:
+    """What a scaling policy decided to change."""
+    return [event for event in events if event.kind == "scaling"]
 
 
 def _count(workers: object) -> int | None:

@@ -50,13 +50,14 @@ th { font-weight: 600; white-space: normal; vertical-align: bottom; border-botto
 td.long { white-space: normal; min-width: 22ch; }
 tr.strong td { font-weight: 600; }
 caption { text-align: left; color: #555; padding-bottom: 4px; }
-figure { margin: 12px 0; } figcaption { color: #555; font-size: 13px; }
-svg { width: 100%; height: auto; } svg * { stroke-linejoin: round; stroke-linecap: butt; }
+figure { margin: 12px 0; overflow-x: auto; } figcaption { color: #555; font-size: 13px; }
+svg { width: 100%; min-width: 720px; height: auto; } svg * { stroke-linejoin: round; stroke-linecap: butt; }
 svg text { font-family: system-ui, "DejaVu Sans", sans-serif !important; }
 details > summary { cursor: pointer; padding: 6px 0; font-weight: 600; }
 code { font: 13px/1.4 ui-monospace, "DejaVu Sans Mono", monospace; background: #f2f2f0; padding: 1px 4px; }
 footer { color: #777; font-size: 12.5px; margin-top: 36px; }
-@media print { body { background: #fff; } main { max-width: none; } figure, tr { break-inside: avoid; } }
+@media (max-width: 600px) { main { padding: 16px 12px 32px; } }
+@media print { svg { min-width: 0; } body { background: #fff; } main { max-width: none; } figure, tr { break-inside: avoid; } }
 """
 
 

@@ -190,7 +190,11 @@ def _shape_axis(ax: Axes, panel: Panel) -> None:
         return
     low = min(values, default=0.0)
     bottom = next((each for each in (0.98, 0.9, 0.75) if panel.zoom and low > each), 0.0)
-    ax.set_ylim(bottom, panel.top if panel.top is not None else max([*values, 0]) * 1.08 or 1)
+    # A line that lies on 0% is seen above the axis.
+    ax.set_ylim(
+        bottom or (-0.03 if panel.percent else 0.0),
+        panel.top if panel.top is not None else max([*values, 0]) * 1.08 or 1,
+    )
     if panel.zoom and bottom:
         ax.set_ylim(top=1 + 0.04 * (1 - bottom))
     if panel.percent:

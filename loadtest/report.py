@@ -139,13 +139,15 @@ def _over_time(result: RunResult, found: Sequence[Change]) -> list[str]:
         )
         for change in found
     ]
-    marks += [Mark(at_s=event.at_s, colour=plots.RED) for event in aligned.incidents(result.events)]
+    marks += [Mark(at_s=event.at_s, colour=plots.RED) for event in aligned.troubles(result.events)]
+    marks += [Mark(at_s=event.at_s, colour=plots.BLACK) for event in aligned.decisions(result.events)]
     svg = plots.timeline(
         panels, span_s=span_s, marks=marks, name="time", alt="Rates, latencies, attainment and workers over the run"
     )
     step = page.seconds(rows[0].seconds)
     told = (
-        "Shaded: a change of the number of workers, from its begin to its end; red: a worker's death or another failure. "
+        "Shaded: a change of the number of workers, from its begin to its end; red: one that was aborted, a death or another failure; "
+        "black: a decision of the scaling policy. "
         if marks
         else "The server told of no event. "
         if result.events or "admin" in str(result.settings)
@@ -304,7 +306,7 @@ def _server(result: RunResult, found: Sequence[Change]) -> list[str]:
         )  # fmt: skip
     headers = ("at", "workers", "took", "pause", "sent", "failed", "missed", "worst TTFT p95", "what")
     told = f"sent, failed and missed: of requests intended from the begin of a change to {aligned.AFTER_S:.0f} s after its end."
-    others = [(f"{event.at_s:,.1f} s", event.kind, event.text) for event in aligned.incidents(result.events)]
+    others = [(f"{event.at_s:,.1f} s", event.kind, event.text) for event in aligned.others(result.events)]
     parts = [page.table(headers, rows, text=(1, 8), long=(8,), caption=told)] if rows else []
     if len(found) > MOST_ROWS:
         parts.append(f"<p>and {len(found) - MOST_ROWS} more changes.</p>")
@@ -321,7 +323,11 @@ def _settings(result: RunResult) -> str:
         "duration of the schedule": page.seconds(result.duration_s), "last request ended": page.seconds(result.ended_s),
         **{f"objective: {key}": page.seconds(value) for key, value in result.objectives.items()},
     }  # fmt: skip
-    rows = [(key, str(value)) for key, value in {**fixed, **result.settings}.items() if value not in (None, "", [], ())]
+    rows = [
+        (key.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
+        for key, value in {**fixed, **result.settings}.items()
+        if value not in (None, "", [], ())
+    ]
     return page.table(("setting", "value"), rows, text=(0, 1), long=(1,))
 
 

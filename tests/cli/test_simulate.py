@@ -97,3 +97,11 @@ def test_a_wrong_policy_and_a_wrong_trace_name_their_lines(files: Path) -> None:
 
 def test_the_default_profile_is_shipped() -> None:
     assert load_profile("builtin-cpu").model
+
+
+def test_policies_of_the_same_name_are_told_apart_by_their_files(files: Path) -> None:
+    (files / "other.yaml").write_text(POLICY)
+    code, text = simulate(files, "--policy", f"{files / 'policy.yaml'},{files / 'other.yaml'}", "--devices", "4")
+
+    assert code == 0
+    assert [line.split()[0] for line in text.splitlines() if "%" in line] == ["policy", "other"]

@@ -198,7 +198,16 @@ def test_steps_of_one_transition_are_one_change() -> None:
         25.0,
         0.0125,
     )
-    assert [event.kind for event in aligned.incidents(EVENTS)] == ["died"]
+    assert [event.kind for event in aligned.others(EVENTS)] == ["died"]
+
+
+def test_only_deaths_and_failures_are_drawn_as_such() -> None:
+    kinds = ["warm", "joined", "worker", "scaling", "died", "gave_up", "begun", "retired"]
+    events = [ServerEvent(1.0, kind, kind) for kind in kinds]
+
+    assert [event.kind for event in aligned.troubles(events)] == ["died", "gave_up"]
+    assert [event.kind for event in aligned.decisions(events)] == ["scaling"]
+    assert [event.kind for event in aligned.others(events)] == kinds[:6]
 
 
 def test_event_without_sizes_is_shown_without_them() -> None:
