@@ -192,7 +192,8 @@ class _Connection(asyncio.Protocol):
             except BadAnswer as error:
                 self._fail(exchange, str(error))
         elif head is not None or self._rest:
-            self._fail(exchange, f"the connection was closed mid-stream, after {exchange.outcome.chunks} chunks")
+            where = f"mid-stream, after {exchange.outcome.chunks} chunks" if exchange.streamed else "mid-answer"
+            self._fail(exchange, f"the connection was closed {where}")
         elif self.used:  # it was closed just as we wrote: nothing of this request was answered
             self.exchange = None
             self._client.connect_for(exchange)
@@ -293,16 +294,18 @@ class Client:
             if outcome.sent_s is None or outcome.sent_s > oldest_s:
                 break
             self._drop(exchange)
-            where = (
-                "no answer"
-                if outcome.http_status is None
-                else f"the stream stood still or went on, {outcome.chunks} chunks had come,"
-            )
-            if exchange.task is not None:
-                where = "no TLS connection" if self.target.tls else "no connection"
-            self.fail(exchange, f"timeout: {where} within {self.timeout_s:g} s", timeout=True)
+            self.fail(exchange, f"timeout: {self._reached(exchange)} within {self.timeout_s:g} s", timeout=True)
         if self.live:
             self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
+
+    def _reached(self, exchange: Exchange) -> str:
+        if exchange.task is not None:
+            return "no TLS connection" if self.target.tls else "no connection"
+        if exchange.outcome.http_status is None:
+            return "no answer"
+        if not exchange.streamed:
+            return "no whole answer"
+        return f"the stream stood still or went on, {exchange.outcome.chunks} chunks had come,"
 
     def _overdue(self, oldest_s: float) -> bool:
         first = next(iter(self.live.values()), None)

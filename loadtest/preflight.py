@@ -97,8 +97,18 @@ def _check(client: Client, outcome: Outcome, body: bytes, what: str) -> None:
         raise Unusable(
             "unreachable", f"{url} has no {what.split()[-1]} (404): is it an OpenAI server, and the URL right?"
         )
-    hint = "; is it https://?" if not client.target.tls and outcome.error.endswith("without an answer") else ""
-    raise Unusable("unreachable", f"{url} is not usable, {what}: {outcome.error}{hint}")
+    raise Unusable("unreachable", f"{url} is not usable, {what}: {outcome.error}{_hint(client, outcome)}")
+
+
+def _hint(client: Client, outcome: Outcome) -> str:
+    """What to do about an answer that is of no use."""
+    if outcome.http_status in (429, 503):
+        return "; it is busy or still starting: try again when it is not"
+    if outcome.http_status is not None and outcome.http_status >= 500:
+        return "; its own log should say why"
+    if outcome.end == "timeout":
+        return "; is it still starting, or stuck? try again when it answers"
+    return "; is it https://?" if not client.target.tls and outcome.error.endswith("without an answer") else ""
 
 
 class _Asker:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.loadtest.stub_thread import always, running
@@ -94,6 +96,34 @@ def test_report_is_written(stub: StubServer, tmp_path: Path, monkeypatch: pytest
 
     assert found.exit_code == 0, found.output
     assert (tmp_path / "out.html").read_text() == "stub"
+
+
+def test_report_shows_the_changes_of_size_that_the_server_tells(tmp_path: Path) -> None:
+    stub = StubServer(admin_key="a")
+
+    def grows(number: int, fields: dict[str, Any]) -> Reply:
+        if number == 10:
+            for kind in ("begun", "committed", "ended"):
+                told = {"transition_id": "t-1", "from_workers": ["worker-0"], "to_workers": ["worker-0", "worker-1"]}
+                stub.events.append(
+                    {
+                        "sequence": len(stub.events) + 1,
+                        "time_s": time.time(),
+                        "kind": kind,
+                        "text": f"scale 2 {kind}",
+                        **told,
+                    }
+                )
+        return Reply()
+
+    stub.behaviour = grows
+    with running(stub):
+        found = loadtest("--url", stub.url, *SHORT, "--admin-key", "a", "--report", str(tmp_path / "out.html"))
+    html = (tmp_path / "out.html").read_text()
+
+    assert found.exit_code == 0, found.output
+    assert "events of the server: 3, the last: scale 2 ended" in found.output
+    assert ">1→2<" in html and "scale 2 begun" in html
 
 
 def test_report_without_its_packages_is_refused_before_the_load(

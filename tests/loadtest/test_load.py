@@ -255,7 +255,9 @@ async def test_live_view_shows_running_percentiles_and_the_last_error(
         (StubServer(key="secret"), {}, "unauthorised", "it wants an API key: give --api-key"),
         (StubServer(key="secret"), {"key": "guess"}, "unauthorised", "the API key is wrong"),
         (StubServer(), {"model": "gpt"}, "not_found", "no model 'gpt' at .*; it has stub"),
-        (StubServer(behaviour=always(Reply(fault="error"))), {}, "unreachable", "HTTP 500: made to fail"),
+        (StubServer(behaviour=always(Reply(fault="error"))), {}, "unreachable", "HTTP 500: made to fail; its own log should say why"),
+        (StubServer(behaviour=always(Reply(fault="refuse"))), {}, "unreachable", "HTTP 429: .*; it is busy or still starting"),
+        (StubServer(behaviour=always(Reply(fault="close_mid_stream"))), {}, "unreachable", "closed mid-answer"),
         (StubServer(behaviour=always(Reply(fault="not_http"))), {}, "unreachable", "no HTTP answer"),
         (StubServer(behaviour=always(Reply(fault="close"))), {}, "unreachable", "closed without an answer"),
         (StubServer(accepts_ids=False), {"prompts": "ids"}, "usage", "takes no token ids"),
@@ -274,7 +276,7 @@ async def test_endpoint_of_no_use_is_told_before_any_load(
 async def test_server_that_hangs_is_given_up_before_any_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexpert.loadtest.conduct.PREFLIGHT_TIMEOUT_S", 0.2)
 
-    with pytest.raises(Unusable, match=r"no answer within 0\.2 s"):
+    with pytest.raises(Unusable, match=r"no answer within 0\.2 s; is it still starting, or stuck\?"):
         await load(StubServer(behaviour=always(Reply(fault="hang"))), every(0.001, 3))
 
 
