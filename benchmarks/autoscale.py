@@ -1,17 +1,23 @@
 """A spike of ten times the load under the default policy, against fixed sizes and a policy as a Kubernetes HPA would have it.
 
-    python benchmarks/autoscale.py              # some forty minutes: 30 s of base load, 60 s of spike, 420 s of base load, four times
-    python benchmarks/autoscale.py --short      # a rehearsal: 10 s of spike, two variants
-    python benchmarks/autoscale.py --rate 0.8   # the base rate said, not measured; --ttft, --tpot: another SLO than the policy file's
+    python benchmarks/autoscale.py              # twenty minutes on a machine with nothing else on it
+    python benchmarks/autoscale.py --short      # a rehearsal of all of it in five minutes: 10 s of spike, nothing shrinks
+    python benchmarks/autoscale.py --rate 0.8   # the base rate said, not measured; --ttft, --tpot: another SLO than the one found
 
-Each variant gets a fresh cluster of its own on the CPU with the built-in model and the same arrivals, open loop: latencies count from
-when a request was due. What a worker takes is bounded by --max-running, since more workers on the same cores bring places, not cores:
-how much a full cluster takes beyond one worker is measured first (closed loop, every place taken), printed and saved, and the spike is
-set between the two.
+Every variant gets the same arrivals, open loop: latencies count from when a request was due. The two policies get a fresh cluster each,
+since a policy learns, and calm that is long enough to shrink in; the fixed sizes share one, are measured until --compare seconds after
+the spike, and are given other prompts each, lest one finds the other's prefixes. Attainment and worker-seconds are compared over that part.
+
+What this shows depends on the machine. On the CPU all workers, the gateway and the load generator share the same cores: a worker is
+given few places (--max-running), so that another brings capacity at all, as places. How much one worker takes and how much all take
+is measured first (closed loop, every place taken), and the spike lies between the two, at their geometric mean: too much for one, not
+for all. Where all take hardly more than one, no size holds the spike: that is printed, `room` in the saved setting says so, and recovery
+then says nothing about the policy. The SLO is the policy file's, but for a time per token that a full cluster cannot keep here. A
+worker that joins takes its imports and its weights from the same cores.
 
 recover_s: from the begin of the spike to the first 5 s window of three in a row whose p95 of TTFT is within the SLO (0: none missed it).
-worker_s: workers that served, integrated over the run, from the begin and commit times of the controller's own events; held_s: with
-those that were joining or leaving. lag and "degraded" are the load generator's own, which runs on the same cores.
+worker_s: workers that served, integrated, from the begin and commit times of the controller's own events; held_s: with those that were
+joining or leaving; worker_s_whole: to the end of the calm. lag and "degraded" are the load generator's own, which runs on the same cores.
 """
 
 from __future__ import annotations
@@ -19,7 +25,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime
+import math
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -42,15 +50,17 @@ from flexpert.loadtest.target import parse_url
 
 POLICY = Path(__file__).parents[1] / "examples" / "policies" / "default.yaml"
 TIMES = 10  # the spike over the base
-OVERLOAD, ROOM = 1.5, 0.85  # the spike over what one worker takes, and of what all take; the lower one counts
-SETTLE_S, CAPACITY_S = 2.0, 15.0
+LEAST_ROOM = 1.2  # of what all workers take over what one takes; below, no size holds a spike
+OVERLOAD = 1.1  # the spike over what one worker takes, where there is no room
+SLACK = 1.5  # of the SLO's time per token over what a full cluster needs
+SETTLE_S, CAPACITY_S, RESIZE_TIMEOUT_S = 2.0, 15.0, 120.0
 
 
-def policy_text(args: argparse.Namespace) -> str:
+def policy_text(args: argparse.Namespace, slo: dict[str, str]) -> str:
     """The shipped policy with this cluster's size and SLO: what an operator changes first."""
     policy = yaml.safe_load(POLICY.read_text())
     policy["spec"]["workers"] = {"min": 1, "max": args.max_workers, "standby": args.standby}
-    policy["spec"]["slo"] |= {name: value for name in ("ttft", "tpot") if (value := getattr(args, name))}
+    policy["spec"]["slo"] |= slo
     return yaml.safe_dump(policy, sort_keys=False)
 
 
@@ -93,57 +103,77 @@ def mix(args: argparse.Namespace) -> Mix:
     return Mix(prompts, parse_lengths(args.output_tokens, option="--output-tokens"))
 
 
-def capacity(args: argparse.Namespace, workers: int) -> dict[str, Any]:
+def admin_of(here: LocalCluster) -> httpx.Client:
+    return httpx.Client(base_url=f"{here.url}/admin/v1", headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=30)
+
+
+def resize(here: LocalCluster, workers: int) -> None:
+    """Returns once that many serve."""
+    with admin_of(here) as admin:
+        found = admin.post("/scale", json={"workers": workers}).raise_for_status().json()
+        ends_s = time.monotonic() + RESIZE_TIMEOUT_S
+        while found["state"] == "running" and time.monotonic() < ends_s:
+            time.sleep(0.1)
+            found = ask(admin, f"/transitions/{found['transition_id']}")
+    if found["state"] != "done":
+        raise RuntimeError(f"{workers} workers were asked for, and after {RESIZE_TIMEOUT_S:g} s it is {found}")
+
+
+def capacity(here: LocalCluster, args: argparse.Namespace, workers: int) -> dict[str, Any]:
     """What so many workers take, requests a second, with twice as many users as places."""
-    here = cluster(args, "--workers", str(workers))
-    try:
-        test = LoadTest(
-            target=parse_url(here.url, key=API_KEY), words="capacity", duration_s=SETTLE_S + CAPACITY_S, mix=mix(args), seed=args.seed,
-            users=Users(2 * workers * args.max_running, 1, 0.0), warmup_s=SETTLE_S,
-        )  # fmt: skip
-        found = run(test).window
-    finally:
-        here.close()
+    resize(here, workers)
+    test = LoadTest(
+        target=parse_url(here.url, key=API_KEY), words="capacity", duration_s=SETTLE_S + args.capacity, mix=mix(args),
+        seed=args.seed + 100 + workers, users=Users(2 * workers * args.max_running, 1, 0.0), warmup_s=SETTLE_S,
+    )  # fmt: skip
+    result = run(test)
+    ends = [each.end_s for each in result.outcomes if each.end == "ok" and each.end_s is not None]
+    answered = sum(SETTLE_S <= end_s < SETTLE_S + args.capacity for end_s in ends)
+    if not answered:
+        raise RuntimeError(
+            f"{workers} workers answered nothing within {args.capacity:g} s ({result.whole.ends}): the machine is too busy, or "
+            "--output-tokens too many; give --capacity more seconds"
+        )
     return {
-        "what": f"capacity of {workers} workers, closed loop" if workers > 1 else "capacity of one worker, closed loop",
-        "requests_per_s": found.requests_per_s,
-        "output_tokens_per_s": found.output_tokens_per_s,
-        "tpot_p95_s": found.tpot_s.p95,
+        "what": f"capacity, closed loop: {workers}",
+        "workers": workers,
+        "requests_per_s": answered / args.capacity,
+        "tpot_p95_s": result.whole.tpot_s.p95,
     }
 
 
 def play(
-    variant: str, options: list[str], args: argparse.Namespace, rate: float, slo: dict[str, str]
+    variant: str, here: LocalCluster, args: argparse.Namespace, setting: dict[str, Any], after_s: float
 ) -> dict[str, Any]:
-    """One variant: a fresh cluster, the load, its row."""
-    spike = rows.Spike(args.before, args.spike, args.before + args.spike + args.after)
+    """One variant: the load, and its row. setting: as it is saved."""
+    spike = rows.Spike(
+        at_s=args.before,
+        length_s=args.spike,
+        compared_s=args.before + args.spike + args.compare,
+        duration_s=args.before + args.spike + after_s,
+    )
+    rate, limits = setting["rate_per_s"], setting["slo"]
     text = f"spike rate={rate:g}:{TIMES * rate:g} duration={spike.duration_s:g} at={spike.at_s:g} length={spike.length_s:g}"
     shape = parse_shape(text)
-    here = cluster(args, *options)
-    try:
-        with httpx.Client(
-            base_url=f"{here.url}/admin/v1", headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=30
-        ) as admin:
-            workers = len(ask(admin, "/status")["workers"])
-            result = run(
-                LoadTest(
-                    target=parse_url(here.url, key=API_KEY), words=text, duration_s=spike.duration_s, admin_key=ADMIN_KEY, seed=args.seed,
-                    schedule=lambda: arrivals(shape, seed=args.seed, mix=mix(args)),
-                    objectives=tuple(parse_slos([*(f"{name}<{limit}" for name, limit in slo.items()), "attainment>0.99"])),
-                )
-            )  # fmt: skip
-            ids = {
-                event.fields["transition_id"]
-                for event in result.events
-                if event.kind in ("begun", "committed", "ended")
-            }
-            found = rows.changes(result, {name: ask(admin, f"/transitions/{name}") for name in ids})
-            decided = decisions(admin, result) if "--policy" in options else {}
-        if args.keep:
-            keep(args.keep / variant.replace(" ", "-"), here)
-    finally:
-        here.close()
-    return rows.row(variant, result, workers=workers, found=found, spike=spike) | decided
+    with admin_of(here) as admin:
+        workers = len(ask(admin, "/status")["workers"])
+        result = run(
+            LoadTest(
+                target=parse_url(here.url, key=API_KEY), words=text, duration_s=spike.duration_s, admin_key=ADMIN_KEY,
+                seed=args.seed + workers, schedule=lambda: arrivals(shape, seed=args.seed, mix=mix(args)),
+                objectives=tuple(parse_slos([*(f"{name}<{limit}" for name, limit in limits.items()), "attainment>0.99"])),
+            )
+        )  # fmt: skip
+        ids = {
+            event.fields["transition_id"] for event in result.events if event.kind in ("begun", "committed", "ended")
+        }
+        found = rows.changes(result, {name: ask(admin, f"/transitions/{name}") for name in ids})
+        decided = decisions(admin, result) if "--policy" in here.options else {}
+    if args.keep:
+        keep(args.keep / variant.replace(" ", "-"), here)
+    row = rows.row(variant, result, workers=workers, found=found, spike=spike) | decided
+    saved_run.print_table([{name: row[name] for name in rows.FIGURES}])
+    return row
 
 
 def ask(admin: httpx.Client, path: str) -> dict[str, Any]:
@@ -152,17 +182,19 @@ def ask(admin: httpx.Client, path: str) -> dict[str, Any]:
 
 
 def decisions(admin: httpx.Client, result: RunResult) -> dict[str, Any]:
-    """Those that ordered, and how many there were of each reason."""
+    """Those that ordered, how many there were of each reason, and how many have their outcome by now."""
     found = ask(admin, "/decisions?limit=1000")["decisions"]
     found = [each for each in reversed(found) if each["at_s"] >= result.started_unix_s]
     return {
         "decisions": [
-            {"at_s": round(each["at_s"] - result.started_unix_s, 1), "reason": each["reason"], "text": each["text"]}
+            {"at_s": round(each["at_s"] - result.started_unix_s, 1), "reason": each["reason"], "text": each["text"],
+             "outcome": each["outcome"] and each["outcome"]["text"]}
             for each in found
             if each["action"] is not None
         ],
         "reasons": dict(Counter(each["reason"] for each in found)),
-    }
+        "outcomes": sum(each["outcome"] is not None for each in found),
+    }  # fmt: skip
 
 
 def keep(folder: Path, here: LocalCluster) -> None:
@@ -174,70 +206,94 @@ def keep(folder: Path, here: LocalCluster) -> None:
     (folder / "up.log").write_bytes(here.log.read_bytes())
 
 
-def base_rate(args: argparse.Namespace, measured: list[dict[str, Any]]) -> float:
-    """So that the spike is beyond one worker and, where the machine allows it, within all of them."""
-    one, full = (each["requests_per_s"] for each in measured)
-    if full < 1.2 * one:
+def settle(args: argparse.Namespace, measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Load and SLO for this machine, by what was measured; where nothing was, as the options and the policy file say."""
+    written = yaml.safe_load(POLICY.read_text())["spec"]["slo"]
+    rate, tpot, room = args.rate, args.tpot or written["tpot"], None
+    if measured:
+        one, full = (each["requests_per_s"] for each in measured)
+        room = round(full / one, 3)
+        if room < LEAST_ROOM:
+            print(
+                f"{args.max_workers} workers take {room} times what one takes: these cores bring no more; no size holds this spike"
+            )
+        rate = (math.sqrt(one * full) if room >= LEAST_ROOM else OVERLOAD * one) / TIMES
+        needed_s = SLACK * max(each["tpot_p95_s"] for each in measured)
+        if args.tpot is None and needed_s > parse_slos([f"tpot<{tpot}"])[0].limit:
+            tpot = f"{math.ceil(1e3 * needed_s)}ms"
+    return {
+        "what": "setting",
+        "rate_per_s": rate,
+        "spike_per_s": TIMES * rate,
+        "room": room,
+        "slo": {"ttft": args.ttft or written["ttft"], "tpot": tpot},
+        "max_workers": args.max_workers,
+        "max_running": args.max_running,
+        "compared_s": args.before + args.spike + args.compare,
+    }
+
+
+def play_all(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any], list[dict[str, Any]]]:
+    """(capacities, setting, a row for each variant)."""
+    table = []
+    here = cluster(args, "--workers", "1")
+    try:
+        measured = [] if args.rate else [capacity(here, args, workers) for workers in (1, args.max_workers)]
+        saved_run.print_table(measured)
+        setting = settle(args, measured)
         print(
-            f"{args.max_workers} workers take {full / one:.2f} times what one takes: these cores bring no more; no size holds this spike"
+            f"base {setting['rate_per_s']:.3g}/s, spike {setting['spike_per_s']:.3g}/s, SLO {setting['slo']}",
+            flush=True,
         )
-        return OVERLOAD * one / TIMES
-    return min(OVERLOAD * one, ROOM * full) / TIMES
+        for workers in (args.max_workers, 1):
+            resize(here, workers)
+            table.append(play(f"fixed {workers}", here, args, setting, args.compare))
+    finally:
+        here.close()
+    for variant, text in (("default policy", policy_text(args, setting["slo"])), ("hpa-like", hpa_text(args))):
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            file.write(text)
+            file.flush()
+            here = cluster(args, "--policy", file.name)
+            try:
+                table.append(play(variant, here, args, setting, args.after))
+            finally:
+                here.close()
+    return measured, setting, table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--short", action="store_true", help="10 s of spike, the default policy and one worker: a rehearsal"
-    )
+    parser.add_argument("--short", action="store_true", help="10 s of spike, little calm: a rehearsal of all variants")
     parser.add_argument("--rate", type=float, help="base rate, requests/s; default: by the measured capacities")
-    parser.add_argument("--before", type=float, default=30.0, help="seconds of base load")
+    parser.add_argument("--before", type=float, default=10.0, help="seconds of base load")
     parser.add_argument("--spike", type=float, default=60.0, help="seconds at ten times the base rate")
     parser.add_argument(
-        "--after", type=float, default=420.0, help="seconds of base load; shrinking looks back over 300"
+        "--compare", type=float, default=60.0, help="seconds after the spike over which all are compared"
     )
-    parser.add_argument("--max-workers", type=int, default=3)
+    parser.add_argument(
+        "--after", type=float, default=345.0, help="seconds of base load under a policy; shrinking looks back over 300"
+    )
+    parser.add_argument(
+        "--capacity", type=float, default=CAPACITY_S, help="seconds to measure what so many workers take"
+    )
+    parser.add_argument("--max-workers", type=int, default=2)
     parser.add_argument("--standby", type=int, default=1, help="warm processes, in every variant")
-    parser.add_argument("--max-running", type=int, default=8, help="requests that a worker computes at a time")
+    parser.add_argument("--max-running", type=int, default=4, help="requests that a worker computes at a time")
     parser.add_argument("--prompt-tokens", default="64")
     parser.add_argument("--output-tokens", default="64")
     parser.add_argument("--ttft", help="of the SLO, like 500ms; default: the policy file's")
-    parser.add_argument("--tpot", help="the same")
+    parser.add_argument("--tpot", help="the same; default: the policy file's, or what this machine can keep")
     parser.add_argument("--memory", default="512MiB")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="directory for the clusters' decisions, events and logs")
     parser.add_argument("--out", type=Path, default=saved_run.RESULTS)
     args = parser.parse_args()
     if args.short:
-        args.before, args.spike, args.after = 5.0, 10.0, 25.0
+        args.before, args.spike, args.compare, args.after, args.capacity = 5.0, 10.0, 10.0, 25.0, 10.0
     started = datetime.datetime.now(datetime.UTC)
-    measured = [] if args.rate else [capacity(args, workers) for workers in (1, args.max_workers)]
-    saved_run.print_table(measured)
-    rate = args.rate or base_rate(args, measured)
-    with tempfile.TemporaryDirectory() as folder:
-        ours, hpa = Path(folder) / "default.yaml", Path(folder) / "hpa.yaml"
-        ours.write_text(policy_text(args))
-        hpa.write_text(hpa_text(args))
-        slo = {name: yaml.safe_load(ours.read_text())["spec"]["slo"][name] for name in ("ttft", "tpot")}
-        print(f"base {rate:.3g}/s, spike {TIMES * rate:.3g}/s, SLO {slo}", flush=True)
-        variants = {
-            "default policy": ["--policy", str(ours)],
-            "fixed 1": ["--workers", "1"],
-            f"fixed {args.max_workers}": ["--workers", str(args.max_workers)],
-            "hpa-like": ["--policy", str(hpa)],
-        }
-        table = []
-        for variant, options in list(variants.items())[: 2 if args.short else None]:
-            table.append(play(variant, options, args, rate, slo))
-            saved_run.print_table([{name: table[-1][name] for name in rows.FIGURES}])
-    setting = {
-        "what": "setting",
-        "rate_per_s": rate,
-        "spike_per_s": TIMES * rate,
-        "slo": slo,
-        "max_workers": args.max_workers,
-    }
-    reached = rows.goals(table)
+    measured, setting, table = play_all(args)
+    reached = rows.goals(table, duration_s=args.before + args.spike + args.after)
     saved_run.print_table([{name: each[name] for name in rows.FIGURES} for each in table])
     saved_run.print_table(reached)
     name = "autoscale-short" if args.short else "autoscale"
