@@ -8,7 +8,6 @@ later, *started* as a worker with an incarnation. Torch is imported while warmin
 from __future__ import annotations
 
 import asyncio
-import gc
 import importlib
 import logging
 import os
@@ -20,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flexpert.workers.heap import give_back_free_memory
 from flexpert.workers.process_log import open_process_log
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,8 @@ class WorkerActor:
         answer = await self._step(lambda worker: worker.release())
         if "failure" not in answer:
             self._worker, self._serving, self._progress = None, False, ("", 0, 0)
-            await asyncio.to_thread(gc.collect)  # modules refer to each other: a process that waits may wait for long
+            # modules refer to each other: a process that waits may wait for long
+            await asyncio.to_thread(give_back_free_memory, collect=True)
         return answer
 
     async def wait_trouble(self) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from flexpert.workers.ep import EpochExperts, ExpertExchange
 from flexpert.workers.epoch import Epoch
 from flexpert.workers.fetch import Source, Weights
 from flexpert.workers.group import Group, NextEpoch, Trouble, TroubleBell
+from flexpert.workers.heap import give_back_free_memory
 from flexpert.workers.kv_move import KvSender
 from flexpert.workers.kv_space import KvSpace
 from flexpert.workers.model import BoundModel, expert_segments
@@ -283,6 +284,7 @@ class Membership:
                 raise MembershipError(f"epoch {number} is not current on worker {self._worker_id}; commit it first")
             if self._retired.get("number") != number:
                 self._retired = {"number": number, "freed_bytes": self._let_go()}
+                give_back_free_memory()
             return {
                 "freed_bytes": self._retired["freed_bytes"],
                 "kv_bytes": self._kv.kv_bytes,
