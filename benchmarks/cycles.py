@@ -1,12 +1,19 @@
 """Hundreds of up and down cycles: what the long-lived processes hold may not grow.
 
     python benchmarks/cycles.py                   # 300 cycles of 1 -> 2 -> 1 workers under a light load
-    python benchmarks/cycles.py --cycles 6        # the short form
+    python benchmarks/cycles.py --cycles 60       # the short form
 
-After each tenth cycle memory, descriptors, mappings and threads are read from /proc for the processes that live through all of them: `up`,
-controller, node agent, gateway, HBM managers and the worker that stays. Memory is that of the process alone: granules are the budget's, and
-pages of files are shared with whatever else runs here. Drift is the slope of a straight line through the samples after the first quarter,
-per 100 cycles, over the mean.
+Read are `up`, controller, node agent, gateway, HBM managers, the worker that stays and the process that joins and leaves: all that live
+through every cycle. What is read: the process's own anonymous memory (granules are the budget's, pages of files are shared), descriptors,
+mappings and threads, all from /proc.
+
+A reading is taken 30 times in a run, when all is calm: the load is held, the worker has answered the same requests as before every
+other reading, enough of them to fill its KV memory anew (so a cache holds as much each time), each manager's next loader helper waits, and
+nothing that can be counted has changed between two looks. Memory is no condition of calm, so growth is never waited away.
+
+Drift is the Theil-Sen slope, the median of the slopes between all pairs of readings after the first 50 cycles (a quarter of a shorter run),
+per 100 cycles, over their median: a reading that was disturbed moves it little, growth moves all pairs. Printed beside it are the medians
+of the first and the last quarter of these readings.
 """
 
 from __future__ import annotations
@@ -15,18 +22,34 @@ import argparse
 import asyncio
 import contextlib
 import datetime
+import itertools
 import os
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import saved_run
-from elasticity import Load, answer, client, free_port, make_jobs
+from elasticity import Job, Load, answer, client, free_port, make_jobs
 from local_cluster import Admin, LocalCluster
 
 MEASURES = ("memory_bytes", "descriptors", "mappings", "threads")
+COUNTS = MEASURES[1:]
 NAMES = {"Controller": "controller", "NodeAgent": "agent", "GatewayActor": "gateway", "WorkerActor": "worker"}
+READINGS = 30
+WARM_UP_CYCLES = 50
+CALM_TIMEOUT_S = 30.0
+LOOK_EVERY_S = 0.3
+OPTIONS = ("--workers", "1", "--standby", "1", "--max-workers", "2", "--memory", "512MiB", "--kv-memory", "16MiB")
+# Together about the tokens that 16 MiB of KV hold; the first words differ, so none begins with another's prefix.
+FILLING = [
+    Job(prompt=f"{i} " + f"{i * i} of the table " * 24, max_tokens=2, temperature=0, seed=0, stream=False)
+    for i in range(60)
+]
+
+Reading = dict[str, dict[str, float]]  # process -> measure -> value
 
 
 def name_of(process: psutil.Process) -> str | None:
@@ -40,27 +63,6 @@ def name_of(process: psutil.Process) -> str | None:
     if "flexpert.hbm" in command:
         return "manager " + command.partition("--name ")[2].split(" ")[0]
     return "up" if "flexpert.cli up" in command else None
-
-
-def sample(pids: dict[int, str]) -> dict[str, dict[str, float]]:
-    """What each holds; a child that was about to become another program is gone by now."""
-    found = {}
-    for pid, name in pids.items():
-        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-            process = psutil.Process(pid)
-            found[f"{name} {pid}"] = {
-                "memory_bytes": own_bytes(pid),
-                "descriptors": process.num_fds(),
-                "mappings": Path(f"/proc/{pid}/maps").read_text().count("\n"),
-                "threads": process.num_threads(),
-            }
-    return found
-
-
-def own_bytes(pid: int) -> int:
-    """Memory that belongs to this process alone."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss_Anon:"))
 
 
 def cluster_processes(runtime: Path) -> dict[int, str]:
@@ -79,46 +81,149 @@ def cluster_processes(runtime: Path) -> dict[int, str]:
     return found
 
 
+def read(pids: dict[int, str]) -> Reading:
+    """What each holds; a child that was about to become another program is gone by now."""
+    found = {}
+    for pid, name in pids.items():
+        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            process = psutil.Process(pid)
+            found[f"{name} {pid}"] = {
+                "memory_bytes": own_bytes(pid),
+                "descriptors": process.num_fds(),
+                "mappings": Path(f"/proc/{pid}/maps").read_text().count("\n"),
+                "threads": process.num_threads(),
+            }
+    return found
+
+
+def own_bytes(pid: int) -> int:
+    """Anonymous memory: heap, stacks and what else is no file's. Counted page by page, not from the kernel's estimates."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous:"))
+
+
+def helpers(pids: dict[int, str]) -> dict[int, tuple[int, float]] | None:
+    """Manager -> its loader helper and the processor time that has used; None while one has none, or a second."""
+    found = {}
+    for pid, name in pids.items():
+        if not name.startswith("manager"):
+            continue
+        try:
+            children = psutil.Process(pid).children()
+            if len(children) != 1:
+                return None
+            found[pid] = children[0].pid, sum(children[0].cpu_times()[:2])
+        except psutil.Error:
+            return None
+    return found
+
+
+async def calm_reading(runtime: Path) -> Reading:
+    """Two looks in a row saw the same helpers, at rest, and the same counts; the second one's."""
+    before: tuple[Any, Any] | None = None
+    ends_s = time.monotonic() + CALM_TIMEOUT_S
+    while time.monotonic() < ends_s:
+        pids = cluster_processes(runtime)
+        at_rest = helpers(pids)
+        found = read(pids)
+        look = at_rest, {process: [values[name] for name in COUNTS] for process, values in found.items()}
+        if at_rest is not None and look == before:
+            return found
+        before = look
+        await asyncio.sleep(LOOK_EVERY_S)
+    raise TimeoutError(f"nothing was calm for {CALM_TIMEOUT_S:g} s; last: {before}")
+
+
 def drift(values: list[float], cycles: list[int]) -> float:
-    """Slope per 100 cycles over the mean, of the samples after the first quarter."""
-    skip = len(values) // 4
-    slope = statistics.linear_regression(cycles[skip:], values[skip:]).slope
-    return 100 * slope / statistics.fmean(values[skip:])
+    """Theil-Sen slope per 100 cycles, over the median."""
+    slopes = [
+        (later - sooner) / (there - here)
+        for (here, sooner), (there, later) in itertools.combinations(zip(cycles, values, strict=True), 2)
+    ]
+    return 100 * statistics.median(slopes) / statistics.median(values) if slopes else 0.0
 
 
-async def cycle(cluster: LocalCluster, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[float], Load]:
-    admin, load, samples, seconds = Admin(cluster), Load(), [], []
-    jobs = make_jobs(400, seed=3)  # enough to fill the KV memory in the first cycles
-    stop = asyncio.Event()
+class LightLoad:
+    """One request after the other until `end`; none runs while it is `held`."""
 
-    async def light_load() -> None:
-        async with client(cluster.url) as http:
-            model = (await http.get("/v1/models")).json()["data"][0]["id"]
-            while not stop.is_set():
-                for job in jobs:
-                    try:
-                        await answer(http, model, job)
-                        load.finished += 1
-                    except Exception as error:
-                        load.failures.append(f"{type(error).__name__}: {error}")
+    def __init__(self, http: httpx.AsyncClient, model: str) -> None:
+        self.seen = Load()
+        self._http, self._model = http, model
+        self._lock = asyncio.Lock()
+        self._task = asyncio.create_task(self._run())
 
-    serving = asyncio.create_task(light_load())
-    try:
-        for number in range(1, args.cycles + 1):
-            for size in (2, 1):
-                begun = await admin.scale(size, f"cycle-{number}-{size}")
-                ended = await admin.finished(begun["transition_id"])
-                if ended["state"] != "done":
-                    raise RuntimeError(f"cycle {number}: {ended['state']}: {ended['reason']}")
-                seconds.append(ended["seconds"])
-            if number % max(1, args.cycles // 30) == 0:
-                samples.append({"cycle": number, "found": sample(cluster_processes(cluster.runtime))})
-                print(f"cycle {number}: {statistics.fmean(seconds[-20:]):.2f} s a transition", flush=True)
-    finally:
-        stop.set()
-        await serving
-        await admin.close()
-    return samples, seconds, load
+    def held(self) -> asyncio.Lock:
+        """A context in which nothing of the load runs."""
+        return self._lock
+
+    async def ask(self, job: Job) -> None:
+        try:
+            await answer(self._http, self._model, job)
+            self.seen.finished += 1
+        except Exception as error:
+            self.seen.failures.append(f"{type(error).__name__}: {error}")
+
+    async def _run(self) -> None:
+        for job in itertools.cycle(make_jobs(400, seed=3)):
+            async with self._lock:
+                await self.ask(job)
+
+    async def end(self) -> None:
+        async with self._lock:
+            self._task.cancel()
+        await asyncio.wait([self._task])
+
+
+async def up_and_down(admin: Admin, number: int) -> list[float]:
+    """Seconds of each transition of a cycle."""
+    seconds = []
+    for size in (2, 1):
+        begun = await admin.scale(size, f"cycle-{number}-{size}")
+        ended = await admin.finished(begun["transition_id"])
+        if ended["state"] != "done":
+            raise RuntimeError(f"cycle {number}: {ended['state']}: {ended['reason']}")
+        seconds.append(ended["seconds"])
+    return seconds
+
+
+async def run(cluster: LocalCluster, num_cycles: int) -> tuple[dict[int, Reading], list[float], Load]:
+    """Readings by cycle, seconds of every transition, what the clients saw."""
+    admin, readings, seconds = Admin(cluster), {}, []
+    async with client(cluster.url) as http:
+        model = (await http.get("/v1/models")).json()["data"][0]["id"]
+        load = LightLoad(http, model)
+        try:
+            for number in range(1, num_cycles + 1):
+                seconds += await up_and_down(admin, number)
+                if number % max(1, num_cycles // READINGS) == 0:
+                    async with load.held():
+                        for job in FILLING:
+                            await load.ask(job)
+                        readings[number] = await calm_reading(cluster.runtime)
+                    print(f"cycle {number}: {statistics.fmean(seconds[-20:]):.2f} s a transition", flush=True)
+        finally:
+            await load.end()
+            await admin.close()
+    return readings, seconds, load.seen
+
+
+def rows_of(readings: dict[int, Reading], num_cycles: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """A row for each process and measure; the worst drift of each measure."""
+    rows, worst = [], dict.fromkeys(MEASURES, 0.0)
+    skipped = min(WARM_UP_CYCLES, num_cycles // 4)
+    counted = {number: reading for number, reading in readings.items() if number > skipped}
+    quarter = max(1, len(counted) // 4)
+    for process in sorted(set.intersection(*(set(reading) for reading in counted.values()))):
+        for measure in MEASURES:
+            values = [reading[process][measure] for reading in counted.values()]
+            change = drift(values, list(counted))
+            worst[measure] = max(worst[measure], change)
+            rows.append(
+                {"what": f"{process.rpartition(' ')[0]}, {measure}", "median": statistics.median(values), "min": min(values),
+                 "max": max(values), "first quarter": statistics.median(values[:quarter]),
+                 "last quarter": statistics.median(values[-quarter:]), "unit": f"drift {100 * change:.3f}% per 100 cycles"}
+            )  # fmt: skip
+    return rows, worst
 
 
 def main() -> None:
@@ -127,46 +232,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=saved_run.RESULTS)
     args = parser.parse_args()
     started = datetime.datetime.now(datetime.UTC)
-    cluster = LocalCluster(
-        "--workers",
-        "1",
-        "--standby",
-        "1",
-        "--max-workers",
-        "2",
-        "--memory",
-        "512MiB",
-        "--kv-memory",
-        "16MiB",
-        port=free_port(),
-    ).start()
+    cluster = LocalCluster(*OPTIONS, port=free_port()).start()
     try:
-        samples, seconds, load = asyncio.run(cycle(cluster, args))
+        readings, seconds, load = asyncio.run(run(cluster, args.cycles))
     finally:
         cluster.close()
-    rows, worst = [], dict.fromkeys(MEASURES, 0.0)
-    lasting = set.intersection(*(set(each["found"]) for each in samples))
-    for process in sorted(lasting):
-        for measure in MEASURES:
-            values = [each["found"][process][measure] for each in samples]
-            change = drift(values, [each["cycle"] for each in samples]) if len(samples) > 3 else 0.0
-            worst[measure] = max(worst[measure], change)
-            rows.append(
-                {"what": f"{process.rpartition(' ')[0]}, {measure}", "median": statistics.median(values), "min": min(values),
-                 "max": max(values), "unit": f"drift {100 * change:.3f}% per 100 cycles"}
-            )  # fmt: skip
+    rows, worst = rows_of(readings, args.cycles)
     quarter = max(1, len(seconds) // 4)
-    rows.append(
-        {"what": "seconds a transition, first quarter", "median": statistics.median(seconds[:quarter]), "unit": "s"}
-    )
-    rows.append(
-        {"what": "seconds a transition, last quarter", "median": statistics.median(seconds[-quarter:]), "unit": "s"}
-    )
+    times = [
+        {"what": f"seconds a transition, {which} quarter", "median": statistics.median(part), "unit": "s"}
+        for which, part in (("first", seconds[:quarter]), ("last", seconds[-quarter:]))
+    ]
     goals = [saved_run.goal(f"drift of {name} per 100 cycles", worst[name], "<= 0.001") for name in MEASURES]
     goals.append(saved_run.goal("failed requests", len(load.failures), "<= 0"))
     saved_run.print_table(rows)
+    saved_run.print_table(times)
     saved_run.print_table(goals)
-    print("saved", saved_run.save("cycles", device="cpu", rows=rows, goals=goals, started=started, folder=args.out))
+    print(
+        "saved",
+        saved_run.save("cycles", device="cpu", rows=rows + times, goals=goals, started=started, folder=args.out),
+    )
 
 
 if __name__ == "__main__":
