@@ -248,6 +248,7 @@ def _conduct(test: LoadTest, options: LoadTestOptions) -> RunResult:
         return await conduct(test, tick=tick, stop=stop, stop_now=stop_now)
 
     try:
+        view.open()
         return _runner()(run())
     finally:
         view.close()

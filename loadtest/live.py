@@ -17,8 +17,8 @@ from flexpert.loadtest.summary import Gaps
 __all__ = ["LiveView"]
 
 LINE_EVERY_S = 10.0
-DRAW_EVERY_S = 0.5
-SHARE = 1 / 200  # of the time that may go into drawing
+DRAW_EVERY_S, RAREST_S = 0.5, 2.0
+SHARE = 1 / 200  # of the time that may go into drawing, unless that would be rarer than RAREST_S
 
 
 class LiveView:
@@ -30,6 +30,12 @@ class LiveView:
         self._next_s = 0.0 if console.is_terminal else LINE_EVERY_S
         self._before: tuple[float, int, int, int] = (0.0, 0, 0, 0)
 
+    def open(self) -> None:
+        """Before the load: the first drawing takes longest, and shows that the server is being asked."""
+        if self._console.is_terminal:
+            self._live = Live("looking at the server", console=self._console, auto_refresh=False, transient=True)
+            self._live.start(refresh=True)
+
     def update(self, recorder: Recorder, now_s: float, *, in_flight: int) -> None:
         """Draws where it is time to."""
         if now_s < self._next_s or now_s < 0:
@@ -38,10 +44,10 @@ class LiveView:
         if self._console.is_terminal:
             table = self._table(recorder, now_s, in_flight)
             if self._live is None:
-                self._live = Live(table, console=self._console, auto_refresh=False, transient=True)
-                self._live.start()
+                self.open()
+            assert self._live is not None
             self._live.update(table, refresh=True)
-            self._next_s = now_s + max(DRAW_EVERY_S, (time.perf_counter() - began_s) / SHARE)
+            self._next_s = now_s + min(max(DRAW_EVERY_S, (time.perf_counter() - began_s) / SHARE), RAREST_S)
         else:
             self._console.print(self._line(recorder, now_s, in_flight), markup=False, highlight=False, soft_wrap=True)
             self._next_s = now_s + LINE_EVERY_S

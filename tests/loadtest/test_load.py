@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import time
 from typing import Any
 
@@ -247,6 +248,25 @@ async def test_live_view_shows_running_percentiles_and_the_last_error(
 
     for text in ("ttft", "tpot", "p99", "in flight", "HTTP 500: made to fail"):
         assert text in out.getvalue(), out.getvalue()
+
+
+def test_live_view_is_drawn_on_where_drawing_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(
+        "flexpert.loadtest.live.time.perf_counter", lambda: float(next(clock))
+    )  # a second for each drawing
+    out = io.StringIO()
+    view = LiveView(Console(file=out, force_terminal=True, width=120), duration_s=60)
+    view.open()
+    assert "looking at the server" in out.getvalue()
+    drawn = []
+    for now_s in (0.0, 1.9, 2.0, 3.9, 4.1):
+        before = out.tell()
+        view.update(Recorder(limits={}), now_s, in_flight=0)
+        drawn.append(out.tell() > before)
+    view.close()
+
+    assert drawn == [True, False, True, False, True]
 
 
 @pytest.mark.parametrize(
