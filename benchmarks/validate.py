@@ -152,6 +152,10 @@ class Validation:
             seed=self.args.seed + 1000, users=users, warmup_s=SETTLE_S,
         )  # fmt: skip
         found = run(test).window.requests_per_s
+        if found <= 0:
+            raise RuntimeError(
+                f"{workers} workers answered nothing in {self.args.capacity_s:g} s: is the machine busy with other work?"
+            )
         self.notes.append({"what": f"capacity of {workers}, closed loop", "requests_per_s": found})
         print(f"{workers} workers take {found:.2f} requests/s", flush=True)
         return found
@@ -198,7 +202,9 @@ class Validation:
             for share in (0.4, 0.7):
                 text = f"poisson rate={share * one:g} duration={args.seconds:g}"
                 self.play(here, Played(f"1 worker at {share:.0%}", text, 1), profiles)
-            here.command("scale", "2", "--url", here.url, "--admin-key", ADMIN_KEY)
+            scaled = here.command("scale", "2", "--url", here.url, "--admin-key", ADMIN_KEY)
+            if scaled.returncode:
+                raise RuntimeError(f"flexpert scale 2: {scaled.stderr}")
             settle(self.api(here), seconds=SETTLE_S)
             two = self.capacity(here, 2)
             text = f"poisson rate={0.7 * two:g} duration={args.seconds:g}"
@@ -219,10 +225,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a rehearsal of some three minutes")
     parser.add_argument(
-        "--seconds", type=float, default=40.0, help="of each load; the last one takes 3.5 times as long"
+        "--seconds", type=float, default=35.0, help="of each load; the last one takes 3.5 times as long"
     )
     parser.add_argument("--repeats", type=int, default=3, help="turns of each measurement of a profile")
-    parser.add_argument("--capacity-s", type=float, default=12.0, help="for what a size takes")
+    parser.add_argument("--capacity-s", type=float, default=10.0, help="for what a size takes")
     parser.add_argument("--profile", type=Path, help="of the serving cluster, measured before")
     parser.add_argument("--engine", type=Path, help="of the engine alone, measured before")
     parser.add_argument("--max-running", type=int, default=8)

@@ -30,7 +30,7 @@ from flexpert.simulator.served import Noise, measure_served
 __all__ = ["ClusterOptions", "profile_cluster", "settle"]
 
 TRANSITION_TIMEOUT_S, STANDBY_TIMEOUT_S, POLL_S = 180.0, 60.0, 0.1
-CYCLES = 3  # from the smallest size to the largest and back
+CYCLES = 2  # from the smallest size to the largest and back
 CALM_S = 4.0  # after each change
 SETTLE_S = 1.0
 ROUND_LIMIT_S = 600.0

@@ -109,7 +109,7 @@ def profile(
     """Measure what a worker of a model can do on this machine: two minutes on the real engine, nothing else running.
 
     With --url a running cluster is measured from outside, with its gateway and whatever shares its cores, and how long joins and leaves
-    take: about a minute for each size. It must serve nobody else meanwhile.
+    take: some two minutes for each size. It must serve nobody else meanwhile.
 
     **Examples**
 

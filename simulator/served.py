@@ -27,7 +27,8 @@ __all__ = ["Noise", "Play", "measure_served"]
 
 Play = Callable[[Sequence[Arrival]], Sequence[Outcome]]
 SHORT = 16  # tokens of a prompt that is only there to be followed by others
-BATCH_TOKENS, BESIDE_TOKENS = 64, 128
+BATCH_TOKENS, BESIDE_TOKENS = 64, 96
+GOLDEN = 0.618
 ALONE = 10  # prompts of each length
 LENGTHS = (16, 64, 256, 1024)
 
@@ -58,8 +59,8 @@ class _Beside:
     running: int  # of one worker, without the prompts
     length: int
     added_s: float  # each, to a step
-    apart_s: float  # between two of them
     ttft_s: float  # mean
+    count: int  # of prompts
 
 
 def measure_served(
@@ -74,7 +75,9 @@ class _Measuring:
         self, play: Play, workers: int, base: Profile, noise: Noise, repeats: int, rng: random.Random, say: Callable[[str], None]
     ) -> None:  # fmt: skip
         self._play, self._workers, self._base, self._noise = play, workers, base, noise
-        self._repeats, self._rng, self._say = repeats, rng, say
+        self._repeats, self._say = repeats, say
+        self._pooled = max(1, repeats - 1)  # turns of what is pooled over lengths anyway, and takes longest
+        self._phase = rng.random()
         self._decode: dict[int, float] = {}
 
     def served(self) -> Served:
@@ -168,7 +171,7 @@ class _Measuring:
             return []
         middle = sorted(alone_s)[len(alone_s) // 2]
         found: list[_Beside] = []
-        for _ in range(self._repeats):
+        for _ in range(self._pooled):
             crowd_s = self._crowd_s(most // 2)
             found += [self._beside(most // 2, length, crowd_s) for length in alone_s]
             for running in sorted({1, max(1, most - 2)} - {most // 2}):
@@ -189,7 +192,10 @@ class _Measuring:
         times_s: list[float] = []
         at_s = 4 * step_s + self._workers * running * self._prompt_s(SHORT)
         while at_s < 0.75 * BESIDE_TOKENS * step_s or not times_s:
-            times_s.append(at_s + self._rng.random() * step_s)
+            self._phase = (
+                self._phase + GOLDEN
+            ) % 1  # at every moment of a step alike: fewer prompts tell as much as many drawn ones
+            times_s.append(at_s + self._phase * step_s)
             at_s += apart_s
         seen = self._ask(self._crowd(running) + [Arrival(at_s, length, 1) for at_s in times_s for _ in range(together)])
         longer = [outcome for outcome in seen if outcome.wanted_output_tokens > 1]
@@ -199,22 +205,27 @@ class _Measuring:
         added_s = (_length_s(longer) - crowd_s) / len(inside) * together
         waits = sorted(outcome.ttft_s or 0.0 for outcome in inside)
         kept = waits[len(waits) // 10 : len(waits) - len(waits) // 10]
-        return _Beside(running, length, added_s, apart_s, statistics.fmean(kept))
+        return _Beside(running, length, added_s, statistics.fmean(kept), len(kept))
 
     def _answers(
         self, beside: Sequence[_Beside], decode: Sequence[tuple[float, float]], prefill: dict[int, float]
     ) -> dict[int, float]:
-        """The way in and out, by requests that run in the cluster."""
-        found: dict[int, list[float]] = {}
+        """The way in and out, by requests that run in the cluster: the straight line that fits all prompts best, and never falls."""
+        found: list[tuple[int, float, int]] = []
         for each in beside:
             step_s = interpolate(decode, each.running) + self._context_s(each.running, BESIDE_TOKENS)
-            prompt_s = prefill[each.length]
-            share = min(1.0, step_s / max(each.apart_s - prompt_s, step_s))  # of steps with a prompt in them
-            mean_s = step_s + share * prompt_s
-            square = (1 - share) * step_s**2 + share * (step_s + prompt_s) ** 2
-            rest_s = square / (2 * mean_s)  # of the step that runs at a random moment
-            found.setdefault(each.running * self._workers, []).append(each.ttft_s - rest_s - step_s - prompt_s)
-        return {running: max(0.0, statistics.median(values)) for running, values in found.items()}
+            # Prompts come too far apart to meet in a step: what is left of one that only decodes is half of it on average.
+            found.append((each.running * self._workers, each.ttft_s - 1.5 * step_s - prefill[each.length], each.count))
+        if not found:
+            return {}
+        total = sum(count for _, _, count in found)
+        middle = sum(running * count for running, _, count in found) / total
+        mean_s = sum(seconds * count for _, seconds, count in found) / total
+        spread = sum(count * (running - middle) ** 2 for running, _, count in found)
+        rise = sum(count * (running - middle) * (seconds - mean_s) for running, seconds, count in found)
+        slope_s = max(0.0, rise / spread) if spread else 0.0
+        most = self._base.max_running * self._workers
+        return {running: max(0.0, mean_s + slope_s * (running - middle)) for running in (0, most)}
 
     def _overlap(self, beside: Sequence[_Beside]) -> float:
         """Two prompts at two workers in one step, against one."""
@@ -223,7 +234,7 @@ class _Measuring:
         length = lengths[len(lengths) // 2]
         one_s = statistics.median(each.added_s for each in beside if (each.running, each.length) == (running, length))
         pairs = statistics.median(
-            self._beside(running, length, self._crowd_s(running), together=2).added_s for _ in range(self._repeats)
+            self._beside(running, length, self._crowd_s(running), together=2).added_s for _ in range(self._pooled)
         )
         return round(min(1.0, max(0.0, pairs / one_s - 1)), 3) if one_s > 0 else 0.0
 
