@@ -16,7 +16,7 @@ from flexpert.simulator.runner import Setting, simulate
 from flexpert.simulator.scalers import Fixed, Hpa, Kpa, RayServe, Scaler, Scheduled
 from flexpert.simulator.sizing import begin_with
 
-__all__ = ["BASELINES", "FAMILIES", "Family", "beats", "oracle", "play", "static_peak", "tune"]
+__all__ = ["BASELINES", "FAMILIES", "Family", "beats", "oracle", "play", "play_on", "static_peak", "tune"]
 
 GOOD = 0.99  # of the static peak's attainment: what still counts as holding the SLO
 SHARES = (0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)  # of a batch, tried as an autoscaler's target
@@ -49,8 +49,18 @@ def play(load: Load, scaler: Scaler, setting: Setting) -> SimulationResult:
     """`simulate` with the size at the begin that the load's first minutes need; that of a fixed one is its own."""
     if scaler.kind == "baseline" and isinstance(scaler, Fixed):
         return simulate(load, scaler, replace(setting, workers=scaler.low))
-    begin = begin_with(load, setting.profile, setting.slo, most=setting.devices)
-    return simulate(load, scaler, replace(setting, workers=begin))
+    return simulate(load, scaler, replace(setting, workers=_begin(load, setting)))
+
+
+def play_on(before: Load, load: Load, scaler: Scaler, setting: Setting) -> SimulationResult:
+    """`play` of the load by somebody who has just seen `before`: with what was learned from it and the size that it ended with."""
+    past = play(before, scaler, setting)
+    workers = past.scale_events[-1].to_workers if past.scale_events else _begin(before, setting)
+    return simulate(load, scaler, replace(setting, workers=workers, start_s=setting.start_s + before.span_s))
+
+
+def _begin(load: Load, setting: Setting) -> int:
+    return begin_with(load, setting.profile, setting.slo, most=setting.devices)
 
 
 def static_peak(load: Load, setting: Setting) -> SimulationResult:

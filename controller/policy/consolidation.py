@@ -6,7 +6,7 @@ The survivors take over all KV and all streams at once, and the load then spread
 from __future__ import annotations
 
 from flexpert.controller.policy.reasons import Reason
-from flexpert.controller.policy.signals_math import UTILISATION, Scene
+from flexpert.controller.policy.signals_math import Scene
 
 Refusal = tuple[Reason, str]
 
@@ -53,30 +53,32 @@ def _latency(scene: Scene, target: int) -> Refusal | None:
     slo, traffic, margin = scene.config.slo, scene.traffic, scene.config.consolidation_margin
     if slo is None or scene.view.live <= target:
         return None
-    times_ttft, times_tpot = growth(scene, target)
-    for name, found, times, limit in (
-        ("ttft", traffic.ttft_s, times_ttft, slo.ttft_s),
-        ("tpot", traffic.tpot_s, times_tpot, slo.tpot_s),
-    ):
-        if found is not None and limit is not None and found * times > limit * margin:
+    times_queue, times_step = growth(scene, target)
+    ttft_s = traffic.ttft_s
+    if ttft_s is not None:
+        queued_s = ttft_s if traffic.queue_s is None else min(traffic.queue_s, ttft_s)
+        ttft_s = queued_s * times_queue + (ttft_s - queued_s) * times_step
+    tpot_s = None if traffic.tpot_s is None else traffic.tpot_s * times_step
+    for name, found, limit in (("ttft", ttft_s, slo.ttft_s), ("tpot", tpot_s, slo.tpot_s)):
+        if found is not None and limit is not None and found > limit * margin:
             return (
                 Reason.SCALE_DOWN_REFUSED_CONSOLIDATION,
-                f"{name} p95 of {target} workers would be {found * times:.3g} s, target {limit:g} s x margin {margin:g}",
+                f"{name} p95 of {target} workers would be {found:.3g} s, target {limit:g} s x margin {margin:g}",
             )
     return None
 
 
 def growth(scene: Scene, target: int) -> tuple[float, float]:
-    """By which factors ttft and tpot grow with `target` workers instead of the present ones.
+    """By which factors waiting and steps grow with `target` workers instead of the present ones.
 
-    With a known utilisation u: waiting grows as 1 / (1 - u), as in M/M/1 (Kleinrock 1975, eq. 3.26), the part of a step that depends
-    on the batch in proportion to it. Without: tpot in proportion, ttft with its square, both more than is likely.
+    With a known capacity and so a utilisation u: waiting grows as 1 / (1 - u), as in M/M/1 (Kleinrock 1975, eq. 3.26), the part of a
+    step that depends on the batch in proportion to it. Without: steps in proportion, waiting with its square, both more than is likely.
     """
     ratio = scene.now / target
     load = scene.token_load
     if load is None or not scene.capacity.known:
         return ratio * ratio, ratio
-    before = min(load * UTILISATION / scene.now, 0.99)
+    before = min(load * scene.capacity.utilisation / scene.now, 0.99)
     after = min(before * ratio, 0.99)
     return (1.0 - before) / (1.0 - after), 1.0 + before * (ratio - 1.0)
 

@@ -12,12 +12,13 @@ from dataclasses import replace
 
 from flexpert.controller.policy import behavior, horizon
 from flexpert.controller.policy.bounds import bounds_of, forecast_floor
+from flexpert.controller.policy.capacity import capacity_of
 from flexpert.controller.policy.case import Case, Verdict
 from flexpert.controller.policy.follow import follow, grow_failed
 from flexpert.controller.policy.grow import grow, retry_later
 from flexpert.controller.policy.reasons import Reason
 from flexpert.controller.policy.shrink import blind, shrink, unsafe
-from flexpert.controller.policy.signals_math import Scene, capacity_of, propose, view_of, work_load
+from flexpert.controller.policy.signals_math import Scene, propose, work_load
 from flexpert.controller.policy.types import (
     Change,
     Decision,
@@ -29,16 +30,19 @@ from flexpert.controller.policy.types import (
     Sample,
     State,
 )
+from flexpert.controller.policy.view import view_of
 
 PANIC_LASTS = 10.0  # panic windows: as long as Knative's stable window
 ABORT_S = 60.0  # until an abort is asked for again
+SMOOTH_S = 30.0  # in which the load is evened out, before its peak holds a shrink
 
 
 def decide(observation: Observation, state: State, config: PolicyConfig) -> tuple[Decision, State]:
     """One tick. `observation.now_s` must not go back."""
     view = view_of(observation, stale_s=config.fallback.after_s)
     state = follow(observation, view, state, config)
-    scene = Scene(observation=observation, view=view, capacity=capacity_of(config, state), config=config, state=state)
+    capacity = capacity_of(config, state, view.live)
+    scene = Scene(observation=observation, view=view, capacity=capacity, config=config, state=state)
     case, proposals = _case(scene)
     verdict = judge(case)
     return _answer(case, verdict, proposals)
@@ -89,11 +93,18 @@ def _remember(scene: Scene, load: float | None, work: float | None, *, ahead_s: 
     state, config, now_s, now = scene.state, scene.config, scene.observation.now_s, scene.now
     down_s = max(config.down.stabilization_s, 1e-9)
     seen = load if load is not None and whole else max(load or 0.0, float(now))
-    peaks = behavior.push_peak(state.peaks, Sample(at_s=now_s, value=round(seen, 6)), window_s=down_s)
+    smooth = (
+        seen if state.smooth is None else state.smooth + min(config.interval_s / SMOOTH_S, 1.0) * (seen - state.smooth)
+    )
+    peaks = behavior.push_peak(state.peaks, Sample(at_s=now_s, value=round(min(smooth, seen), 6)), window_s=down_s)
+    demand = round(scene.demand, 3)
     low = whole and load is not None and math.ceil(load / config.consolidation_margin - 1e-9) < now
     state = replace(
         state,
         peaks=peaks,
+        smooth=round(smooth, 6),
+        demands=behavior.push_peak(state.demands, Sample(at_s=now_s, value=demand), window_s=down_s),
+        sized_demand=max(state.sized_demand, demand) if state.sized_workers else 0.0,
         low_since_s=(now_s if state.low_since_s is None else state.low_since_s) if low else None,
         fallback_grown=state.fallback_grown and not whole,
         last_s=now_s,
@@ -286,10 +297,20 @@ def _ordered(case: Case, verdict: Verdict, state: State, order: Order) -> State:
     kept = tuple(item for item in state.changes if item.at_s > case.now_s - period_s)
     state = replace(state, order=order, changes=(*kept, change))
     if order.plan.kind == "grow":
-        state = replace(state, sized_workers=order.plan.target, sized_load=round(case.load or 0.0, 6))
+        state = _sized(state, order, load=case.load or 0.0, demand=case.scene.demand)
     elif verdict.final:
         peak = max(state.peaks[0].value if state.peaks else 0.0, case.load or 0.0)
-        state = replace(state, sized_workers=order.plan.target, sized_load=round(peak, 6))
+        state = _sized(state, order, load=peak, demand=state.demands[0].value if state.demands else 0.0)
     if verdict.trial:
         state = replace(state, trial_s=case.now_s, trial_demand=round(case.scene.demand, 6))
     return state
+
+
+def _sized(state: State, order: Order, *, load: float, demand: float) -> State:
+    return replace(
+        state,
+        sized_workers=order.plan.target,
+        sized_load=round(load, 6),
+        sized_s=order.at_s,
+        sized_demand=round(demand, 3),
+    )

@@ -8,14 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flexpert.controller.policy.behavior import without
+from flexpert.controller.policy.capacity import learn
 from flexpert.controller.policy.horizon import with_join
-from flexpert.controller.policy.signals_math import STRAINED_TICKS, View, age_fault
 from flexpert.controller.policy.types import EndedTransition, Observation, PolicyConfig, State
+from flexpert.controller.policy.view import View
 
 RETRY_S = 60.0  # after the first failed growth; doubles with each
 LONGEST_RETRY_S = 900.0
-LEARN_SHARE = 0.3
-LEAST_SPEED = 0.01  # tokens/s: less is no measurement
 
 
 def follow(observation: Observation, view: View, state: State, config: PolicyConfig) -> State:
@@ -64,28 +63,3 @@ def _settled(observation: Observation, view: View, state: State) -> State:
         if arrived and order.plan.kind == "grow":
             state = replace(state, grow_failures=0, grow_again_s=None)
     return state
-
-
-def learn(observation: Observation, view: View, state: State, config: PolicyConfig) -> State:
-    """Capacity of one worker: its speed while it has more to do than it can, or more than it had then. Not during a change."""
-    traffic = observation.traffic
-    if observation.transition is not None or not view.fresh or age_fault(traffic.age_s, config.fallback.after_s):
-        return replace(state, strained_ticks=0) if state.strained_ticks else state
-    slo = config.slo
-    slow = slo is not None and slo.tpot_s is not None and traffic.tpot_s is not None and traffic.tpot_s > slo.tpot_s
-    busy = view.waiting_workers * 2 >= view.fresh or (slow and view.live > view.now)
-    ticks = min(state.strained_ticks + 1, STRAINED_TICKS) if busy else 0
-    strained = ticks >= STRAINED_TICKS
-    prefill = _capacity(state.prefill_capacity, view.prefill / view.now, strained=strained)
-    decode = _capacity(state.decode_capacity, view.decode / view.now, strained=strained)
-    return replace(state, strained_ticks=ticks, prefill_capacity=prefill, decode_capacity=decode)
-
-
-def _capacity(known: float | None, speed: float, *, strained: bool) -> float | None:
-    if speed < LEAST_SPEED:
-        return known
-    if known is None:
-        return speed if strained else None
-    if strained:
-        return known + LEARN_SHARE * (speed - known)
-    return max(known, speed)

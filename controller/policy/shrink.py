@@ -14,6 +14,7 @@ from flexpert.controller.policy.reasons import Reason
 
 NOISE = 2.0  # standard deviations
 MOST_NOISE = 0.5
+SIZED_S = 3600.0  # so long a size is kept while its traffic stays
 
 
 def blind(case: Case) -> Verdict | None:
@@ -71,9 +72,16 @@ def _steady(case: Case, wanted: int, floor: int) -> Verdict:
     peak = max(state.peaks[0].value if state.peaks else 0.0, case.load or 0.0)
     steady = max(math.ceil(peak / config.consolidation_margin - 1e-9), floor)
     why = f"the peak of {config.down.stabilization_s:g} s was {peak:.2f} workers"
-    if steady < state.sized_workers and peak > state.sized_load * (1.0 - noise(case)):
-        steady = state.sized_workers
-        why = f"{state.sized_workers} were chosen for a load of {state.sized_load:.2f}, and {peak:.2f} is no less"
+    if steady < state.sized_workers and case.now_s < state.sized_s + SIZED_S:
+        demand = state.demands[0].value if state.demands else 0.0
+        if peak > state.sized_load * (1.0 - noise(case)):
+            steady = state.sized_workers
+            why = f"{state.sized_workers} were chosen for a load of {state.sized_load:.2f}, and {peak:.2f} is no less"
+        elif demand > state.sized_demand * (1.0 - noise(case)):
+            steady = state.sized_workers
+            why = (
+                f"{state.sized_workers} were chosen for {state.sized_demand:.0f} tokens/s, and {demand:.0f} is no less"
+            )
     case.reject("scaleDown.stabilizationWindow", wanted, min(steady, case.now), why)
     if steady >= case.now:
         text = f"{wanted} workers would do at this moment; {why}"
@@ -126,10 +134,11 @@ def _paid(case: Case, target: int, peak: float) -> Verdict:
         reason=Reason.SCALE_DOWN,
         text=f"the highest load of the window, {peak:.2f} workers, fits {allowed} with margin; shrinking from {case.now}",
         final=allowed == target,
-        trial=not case.scene.capacity.known and case.loudest in case_latency(case),
+        trial=_on_trial(case, allowed),
     )
 
 
-def case_latency(case: Case) -> set[str]:
-    """The signals that judge by latency."""
-    return {signal.name for signal in case.scene.config.signals if signal.type in ("slo", "queue_time")}
+def _on_trial(case: Case, target: int) -> bool:
+    """Fewer than the tokens ask for, or nobody knows what they ask for: latencies were low, and the size is tried out."""
+    load = case.scene.token_load
+    return not case.scene.capacity.known or load is None or load > target

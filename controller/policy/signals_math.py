@@ -11,6 +11,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flexpert.controller.policy.capacity import (
+    QUEUED,
+    QUEUED_STEP,
+    STRAINED_TICKS,
+    WINDOW_S,
+    Capacity,
+    too_many_missed,
+    whole_window,
+)
 from flexpert.controller.policy.types import (
     Observation,
     PolicyConfig,
@@ -20,136 +29,21 @@ from flexpert.controller.policy.types import (
     State,
     TrafficReading,
 )
+from flexpert.controller.policy.view import View, age_fault
 
-UTILISATION = 0.8  # of a measured capacity: beyond, queues grow faster than the load
 KV_TARGET = 0.8  # of a kv_utilization without one
 MOST_GROWTH = 2.0  # of a size, where only a latency says that it is too small
 MOST_CROWD = 4.0  # of a size, where that many requests wait for each that runs
-TRIAL_SHARE = 0.25  # of the workers, the most that go because latencies are low
+TRIAL_SHARE = 0.34  # of the workers, the most that go because latencies are low
 TRIAL_PAUSE_S = 3600.0  # the next such trial at the same traffic
 TRIAL_DEMAND = 0.8  # or when the traffic has fallen to this share
-STRAINED_TICKS = 3  # so long must most workers have more than they can do, before their speed counts as their capacity
+LEAST_GROWTH = 0.49  # workers: rounded up it is one, and in a cluster of one it is no panic
+CALM = 0.7  # of the targets: latencies that low contradict a capacity that is too small
 DRAIN_S = 15.0  # in which a backlog of prompts should be gone
 MOST_LOAD = 1e6  # workers; beyond, a signal is out of order, and the bounds hold it anyway
 FULL = 0.95  # of the KV
 WORK = (("kv_utilization", "worker"), ("prometheus", "worker"))  # loads that do not depend on the workers
-QUEUED, QUEUED_STEP = 0.2, 0.8  # of the targets of ttft and tpot: below, requests do not hold each other up
-LEAST_REQUESTS = 5  # below that many ended requests a share says nothing
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class View:
-    """The workers of one tick in sums. What silent workers do is taken to be the others' mean; in kv_worst, the others' highest."""
-
-    now: int
-    silent: int = 0
-    fresh: int = 0
-    oldest_s: float | None = None
-    kv_used: float = 0.0
-    kv_worst: float = 0.0
-    kv_capacity: float = 0.0  # of one worker
-    running: float = 0.0
-    waiting: float = 0.0
-    waiting_workers: int = 0
-    waiting_tokens: float = 0.0
-    prefill: float = 0.0
-    decode: float = 0.0
-    longest: int = 0
-    slots: float = 0.0  # of one worker; 0: not known
-
-    @property
-    def blind(self) -> bool:
-        """Too few workers say anything to speak for the rest. One that is silent is never too many, unless it is the only one."""
-        return self.now > 0 and (self.fresh == 0 or (self.silent > 1 and self.silent * 2 > self.now))
-
-    @property
-    def live(self) -> float:
-        return self.running + self.waiting
-
-
-def view_of(observation: Observation, *, stale_s: float) -> View:
-    """One pass over the workers: this is what takes the time of a decision."""
-    now = fresh = waiting_workers = longest = slots = 0
-    used = capacity = running = waiting = waiting_tokens = prefill = decode = worst = 0.0
-    oldest: float | None = None
-    for worker in observation.workers:
-        if worker.phase != "ready":
-            continue
-        now += 1
-        age = worker.age_s
-        if age is None or age > stale_s:
-            if age is not None and (oldest is None or age > oldest):
-                oldest = age
-            continue
-        fresh += 1
-        kv = worker.kv_used_tokens
-        used += kv
-        if kv > worst:
-            worst = kv
-        capacity += worker.kv_capacity_tokens
-        running += worker.running
-        slots += worker.max_running
-        prefill += worker.prefill_tokens_per_s
-        decode += worker.decode_tokens_per_s
-        if worker.waiting:
-            waiting += worker.waiting
-            waiting_workers += 1
-        waiting_tokens += worker.waiting_tokens
-        if worker.longest_context_tokens > longest:
-            longest = worker.longest_context_tokens
-    scale = now / fresh if fresh else 0.0
-    return View(
-        now=now,
-        silent=now - fresh,
-        fresh=fresh,
-        oldest_s=oldest,
-        kv_used=used * scale,
-        kv_worst=used + (now - fresh) * worst,
-        kv_capacity=capacity / fresh if fresh else 0.0,
-        running=running * scale,
-        waiting=waiting * scale,
-        waiting_workers=waiting_workers,
-        waiting_tokens=waiting_tokens * scale,
-        prefill=prefill * scale,
-        decode=decode * scale,
-        longest=longest,
-        slots=slots / fresh if fresh else 0.0,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capacity:
-    """What one worker should be given, tokens/s; None: not known. known: at least one is."""
-
-    prefill: float | None
-    decode: float | None
-
-    @property
-    def known(self) -> bool:
-        return self.prefill is not None or self.decode is not None
-
-    def load(self, *, prompt: float, output: float) -> float | None:
-        """Workers for these rates; None where a rate is not zero and no capacity of it is known."""
-        found = 0.0
-        for rate, each in ((prompt, self.prefill), (output, self.decode)):
-            if each is not None:
-                found = max(found, rate / each)
-            elif rate > 0 and not self.known:
-                return None
-        return found
-
-
-def capacity_of(config: PolicyConfig, state: State) -> Capacity:
-    """What the policy gives, else what was measured."""
-    said = next((signal for signal in config.signals if signal.type == "tokens_per_second"), None)
-
-    def of(target: float | None, measured: float | None) -> float | None:
-        return target or (measured * UTILISATION if measured else None)
-
-    return Capacity(
-        prefill=of(said.prefill if said else None, state.prefill_capacity),
-        decode=of(said.decode if said else None, state.decode_capacity),
-    )
+LEAST_REQUESTS = 20  # below that many in a window a 95th percentile is one unlucky request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,21 +73,23 @@ class Scene:
         return self.traffic.prompt_tokens_per_s + self.traffic.output_tokens_per_s
 
     @property
+    def requests(self) -> float:
+        """Of the gateway's window."""
+        return self.traffic.requests_per_s * WINDOW_S
+
+    @property
     def trial_open(self) -> bool:
-        """Low latencies may be tried out again."""
+        """Low latencies may be tried out (again): the traffic has fallen, by more than chance, or it is long ago.
+
+        Where workers were seen strained only the first counts: what they take is known for traffic like that.
+        """
         at_s, state = self.observation.now_s, self.state
-        return (
-            state.trial_s is None
-            or at_s - state.trial_s >= TRIAL_PAUSE_S
-            or self.demand < TRIAL_DEMAND * state.trial_demand
-        )
-
-
-def age_fault(age_s: float | None, stale_s: float) -> str:
-    """ "missing", "stale", or "" for numbers that count; zero is such a number."""
-    if age_s is None:
-        return "missing"
-    return "stale" if age_s > stale_s else ""
+        if state.trial_s is None:
+            return True
+        sure = max(1.0 - 2.0 / math.sqrt(max(self.requests, 1.0)), 0.3)
+        if self.demand < TRIAL_DEMAND * sure * state.trial_demand:
+            return True
+        return not self.capacity.known and at_s - state.trial_s >= TRIAL_PAUSE_S
 
 
 def fault_of(signal: SignalConfig, scene: Scene) -> tuple[str, str]:
@@ -251,12 +147,16 @@ def tokens_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
     rates = f"{traffic.prompt_tokens_per_s:.0f} prompt and {traffic.output_tokens_per_s:.0f} output tokens/s"
     load = scene.token_load
     if load is None:
-        return float(scene.now), rates + "; what a worker takes is not measured yet"
+        share = latency_share(scene)
+        load = float(scene.now) if share is None else min(_calm(scene, share), float(scene.now))
+        return load, rates + "; what a worker takes is not measured yet"
     each = scene.capacity
     per = " and ".join(
         f"{value:.0f} {name}" for value, name in ((each.prefill, "prompt"), (each.decode, "output")) if value
     )
-    return load, f"{rates}; a worker should get {per or 'any number'}"
+    given = signal.prefill or signal.decode
+    share = None if given else latency_share(scene)
+    return load if share is None else _calm(scene, share), f"{rates}; a worker should get {per or 'any number'}"
 
 
 def prometheus_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
@@ -269,13 +169,15 @@ def prometheus_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
 def queue_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
     waited, target = scene.traffic.queue_s, signal.target or 1.0
     if waited is None:
-        if scene.view.waiting:
+        if scene.view.waiting > scene.now:
             return _strained(scene, 1.0), f"{scene.view.waiting:.0f} requests wait and none has begun"
         return _calm(scene, 0.0), "no request has waited"
     words = f"p95 of waiting {waited:.3g} s, target {target:g} s"
-    if waited > target:
-        return _strained(scene, math.sqrt(waited / target)), words
-    return _calm(scene, math.sqrt(waited / target)), words
+    if waited <= target:
+        return _calm(scene, math.sqrt(waited / target)), words
+    if not _counts(scene) or (scene.requests < LEAST_REQUESTS and waited < MOST_GROWTH * target):
+        return float(scene.now), f"{words}; seen before the last change, or of too few requests"
+    return _strained(scene, math.sqrt(waited / target)), words
 
 
 def slo_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
@@ -284,11 +186,7 @@ def slo_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
     if slo is None:
         return float(scene.now), "the policy has no SLO"
     ended = traffic.met + traffic.missed
-    ratios = [
-        (name, found, target)
-        for name, found, target in (("ttft", traffic.ttft_s, slo.ttft_s), ("tpot", traffic.tpot_s, slo.tpot_s))
-        if found is not None and target is not None
-    ]
+    ratios = _latencies(scene)
     attainment = traffic.met / ended if ended else 1.0
     words = ", ".join(f"{name} p95 {found:.3g} s of {target:g} s" for name, found, target in ratios) or "nothing ended"
     words += f", {attainment:.1%} of {ended} within" if ended else ""
@@ -296,27 +194,57 @@ def slo_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
     if slo.ttft_s is not None and wait_s > slo.ttft_s:
         return _strained(scene, wait_s / slo.ttft_s), f"{words}; what waits needs {wait_s:.3g} s to begin"
     worst = max((found / target for _, found, target in ratios), default=0.0)
-    missed = ended >= LEAST_REQUESTS and attainment < slo.attainment
-    if (worst > 1.0 or missed) and _counts(scene):
+    late = worst > 1.0 and ended < LEAST_REQUESTS <= scene.requests  # answers are long: few have ended, many have begun
+    if (late or too_many_missed(traffic, slo.attainment, scene.state.missed_share)) and _counts(scene):
         if not _contended(scene):
             return float(scene.now), f"{words}; but nobody waits and steps are fast: more workers would not help"
         return _strained(scene, max(worst, 1.0)), words
     if not ended and scene.view.waiting:
         return float(scene.now), f"{words}, {scene.view.waiting:.0f} wait"
-    shares = [found / target if name == "tpot" else math.sqrt(found / target) for name, found, target in ratios]
-    return _calm(scene, max(shares, default=0.0)), words
+    batches = scene.view.live / (scene.view.slots * scene.capacity.utilisation) if scene.view.slots else 0.0
+    if batches > scene.now:
+        words += f", {scene.view.live:.0f} live requests for batches of {scene.view.slots:.0f}"
+    return max(_calm(scene, latency_share(scene) or 0.0), batches), words
+
+
+def _latencies(scene: Scene) -> list[tuple[str, float, float]]:
+    """Name, p95 and target of those that have both."""
+    slo, traffic = scene.config.slo, scene.traffic
+    if slo is None:
+        return []
+    both = (("ttft", traffic.ttft_s, slo.ttft_s), ("tpot", traffic.tpot_s, slo.tpot_s))
+    return [(name, found, target) for name, found, target in both if found is not None and target is not None]
+
+
+def latency_share(scene: Scene) -> float | None:
+    """Of the workers that are there, the share that would still be within the SLO if latencies grew as fast as they may."""
+    if scene.config.slo is None:
+        return None
+    return max((_share(scene, name, found, target) for name, found, target in _latencies(scene)), default=0.0)
+
+
+def _share(scene: Scene, name: str, found: float, target: float) -> float:
+    """Of time to first token only what is spent in a queue gets less with more workers."""
+    if name == "ttft":
+        queued = scene.traffic.queue_s
+        return math.sqrt((found if queued is None else min(queued, found)) / target)
+    return found / target
 
 
 def backlog_s(scene: Scene) -> float:
-    """How long the prompts that wait now need until they are computed; 0 while nobody knows how fast a worker can be."""
+    """How long the prompts that wait behind others need until they are computed; 0 while nobody knows how fast a worker can be.
+
+    One request at each worker is no backlog: nobody is before it, and more workers would not compute it sooner.
+    """
     view, traffic = scene.view, scene.traffic
-    tokens = view.waiting_tokens
-    if not tokens and view.waiting and traffic.requests_per_s > 0:
-        tokens = view.waiting * traffic.prompt_tokens_per_s / traffic.requests_per_s
+    if view.live <= scene.now:
+        return 0.0
+    each = traffic.prompt_tokens_per_s / traffic.requests_per_s if traffic.requests_per_s > 0 else 0.0
+    tokens = (view.waiting_tokens or view.waiting * each) - scene.now * each
     speed = scene.now * (scene.state.prefill_capacity or 0.0)
     if not speed and scene.state.strained_ticks >= STRAINED_TICKS - 1:
         speed = view.prefill  # most have had more than they can do for two ticks: this is how fast they are
-    return tokens / speed if tokens and speed else 0.0
+    return tokens / speed if tokens > 0 and speed else 0.0
 
 
 def _contended(scene: Scene) -> bool:
@@ -331,31 +259,35 @@ def _contended(scene: Scene) -> bool:
 
 def _counts(scene: Scene) -> bool:
     """A window that reaches back before the last change tells of the old size, unless requests wait at this moment, too."""
-    ended = scene.observation.last_transition
-    return scene.view.waiting > 0 or ended is None or scene.traffic.since_s >= ended.ended_s
+    return scene.view.waiting > 0 or whole_window(scene.observation)
 
 
 def _strained(scene: Scene, ratio: float) -> float:
-    """Too few: at least one more. As many as tokens and backlog ask for where capacity is known, else by the ratio, within limits."""
-    least = max(scene.now + 1.0, scene.now * (1.0 + scene.config.up.tolerance) + 0.01)
+    """Too few: at least one more. As many as tokens and backlog ask for where capacity is known; else what arrives for what is served
+    now, and where neither is known by the ratio, within limits."""
+    least = max(scene.now + LEAST_GROWTH, scene.now * (1.0 + scene.config.up.tolerance) + 0.01)
     load = scene.token_load
     if load is None or not scene.capacity.known:
-        crowd = scene.view.live / max(scene.view.running, 1.0)  # what is here for what is served at a time
+        view, traffic = scene.view, scene.traffic
+        crowd = view.live / max(view.running, 1.0)  # what is here for what is served at a time
+        if view.prefill > 0.0 and traffic.prompt_tokens_per_s > 0.0:
+            ratio = min(ratio, traffic.prompt_tokens_per_s / view.prefill / scene.capacity.utilisation)
         return max(least, scene.now * min(ratio, MOST_GROWTH), scene.now * min(crowd, MOST_CROWD))
     return max(least, load + backlog_s(scene) * scene.now / DRAIN_S)
 
 
 def _calm(scene: Scene, share: float) -> float:
-    """Enough. By tokens where capacity is known; else by the share of the latency's target, a few workers at a time, each tried out."""
+    """Enough. By tokens where capacity is known; else by the share of the latency's target, some of the workers at a time, tried out."""
     load = scene.token_load
-    if load is not None and scene.capacity.known:
-        return min(load, float(scene.now)) if share < 0.5 else load
     margin = scene.config.consolidation_margin
-    alone = margin * min(float(scene.now), scene.view.live)  # as many workers as requests: nobody shares
-    if not scene.trial_open:
-        return alone
     least = scene.now - max(1.0, math.floor(scene.now * TRIAL_SHARE))
-    return min(alone, max(least * margin, scene.now * share))
+    tried = max(least * margin, scene.now * share)
+    if load is not None and scene.capacity.known:
+        if scene.trial_open:
+            load = min(load, tried)
+        return min(load, float(scene.now)) if share < CALM else load
+    alone = margin * min(float(scene.now), scene.view.live)  # as many workers as requests: nobody shares
+    return min(alone, tried) if scene.trial_open else alone
 
 
 def work_load(proposals: Sequence[Proposal], scene: Scene) -> float | None:

@@ -294,8 +294,10 @@ class State:
     peaks and dips: the load in workers, kept as falling and rising steps, so that the highest and the lowest of a window are at their
     front. loads: the same as it was, for the panic window. trend: of it what says how much work there is, while nothing was full.
     joins: how long the last ones took, newest last. sized_workers, sized_load: the size last ordered and the load it was right for.
-    trial_*: the last shrink that was made because latencies were low, without knowing what a worker takes. *_capacity: tokens/s of
-    one worker, measured when it had more to do.
+    smooth: the load as peaks has it, evened out. missed_share: of requests that missed the SLO, over minutes, since the last change.
+    demands: tokens/s that come and go, as falling steps. sized_s, sized_demand: when the last size was ordered and the highest demand
+    since. trial_*: the last shrink that went below what tokens say, because latencies were low, or the last time when workers had too
+    much. *_capacity: tokens/s of one worker, measured when it had more to do.
     """
 
     run_id: str = "d"
@@ -319,6 +321,11 @@ class State:
     strained_ticks: int = 0
     sized_workers: int = 0
     sized_load: float = 0.0
+    sized_s: float = 0.0
+    sized_demand: float = 0.0
+    smooth: float | None = None
+    missed_share: float = 0.0
+    demands: tuple[Sample, ...] = ()
     trial_s: float | None = None
     trial_demand: float = 0.0
     low_since_s: float | None = None

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from flexpert.controller.policy import spec as written
 from flexpert.controller.policy.behavior import down_limit, up_limit
-from flexpert.controller.policy.signals_math import UTILISATION
+from flexpert.controller.policy.capacity import LEAST_UTILISATION, MOST_UTILISATION
 from flexpert.controller.policy.spec import ScalingPolicy, Spec
 from flexpert.controller.policy.types import Change, DirectionConfig, PolicyConfig, RuleConfig
 from flexpert.controller.policy.units import show_duration, show_number, show_share
@@ -120,9 +120,10 @@ def _tokens(signal: written.TokensPerSecondSignal) -> str:
     rates = {"prompt": signal.prefill, "output": signal.decode}
     given = [f"{show_number(rate)} {kind}" for kind, rate in rates.items() if rate is not None]
     measured = " and ".join(kind for kind, rate in rates.items() if rate is None)
+    least = show_share(LEAST_UTILISATION)
     said = [f"{' and '.join(given)} tokens per second"] if given else []
     said += (
-        [f"{show_share(UTILISATION)} of the {measured} tokens per second that it was measured to take"]
+        [f"{least} to {show_share(MOST_UTILISATION)} of the {measured} tokens per second that it was measured to take"]
         if measured
         else []
     )

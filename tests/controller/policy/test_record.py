@@ -7,6 +7,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from flexpert.controller.policy.bounds import bounds_of
+from flexpert.controller.policy.capacity import capacity_of
 from flexpert.controller.policy.decide import decide
 from flexpert.controller.policy.record import (
     RecordError,
@@ -18,7 +19,7 @@ from flexpert.controller.policy.record import (
     replay,
     tick_line,
 )
-from flexpert.controller.policy.signals_math import Scene, capacity_of, view_of
+from flexpert.controller.policy.signals_math import Scene
 from flexpert.controller.policy.types import (
     EndedTransition,
     FallbackConfig,
@@ -34,6 +35,7 @@ from flexpert.controller.policy.types import (
     WorkerReading,
     WorkersConfig,
 )
+from flexpert.controller.policy.view import view_of
 
 from .decisions import KV, QUEUE, SLO, TOKENS, Cluster, free, load_of, policy, seen
 

@@ -26,8 +26,7 @@ def test_default_policy_in_words(repository: Path) -> None:
         "It takes as many workers as the most demanding of these asks for:",
         "  - slo: so many that the promise is kept",
         "  - kv_utilization: so many that 80% of their KV cache is in use",
-        "  - queue_time: so many that 95% of the requests wait at most 200ms before they are computed",
-        "  - tokens_per_second: so many that each has at most 80% of the prompt and output tokens per second "
+        "  - tokens_per_second: so many that each has at most 75% to 90% of the prompt and output tokens per second "
         "that it was measured to take",
         "It grows at once, by at most 4 workers in 15s or 100% in 15s, whichever is more; at the fastest 1 -> 4 in one step.",
         "It shrinks to the highest size asked for in the last 5m, by at most 50% in 1m; at the fastest 4 -> 2 -> 1 takes 1m.",
@@ -99,7 +98,7 @@ def test_token_rates_given_or_measured() -> None:
     assert "at most 20,000 prompt and 1,500 output tokens per second\n" in words(
         signal.format("prefill: 20000, decode: 1500")
     )
-    assert "at most 20,000 prompt tokens per second and 80% of the output tokens per second that it" in words(
+    assert "at most 20,000 prompt tokens per second and 75% to 90% of the output tokens per second that it" in words(
         signal.format("prefill: 20000")
     )
 
