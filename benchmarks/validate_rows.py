@@ -14,6 +14,7 @@ from flexpert.simulator.results import SimulationResult
 FIGURES = ("ttft_p50_s", "ttft_p95_s", "attainment", "worker_s")  # those with a bound
 SHOWN = ("tpot_p50_s", "tpot_p95_s")
 BOUND = 0.15
+MISSING = 1e9
 
 
 def worker_seconds(workers: int, changes: Sequence[Change], *, started_s: float, seconds: float) -> float:
@@ -95,7 +96,7 @@ def goals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for each in rows:
         for name in FIGURES:
             ratio = each["ratio"][name]
-            off = float("inf") if ratio is None else abs(ratio - 1)
+            off = MISSING if ratio is None else abs(ratio - 1)
             found.append(
                 saved_run.goal(f"{each['load']}: {name}, predicted over measured, off 1 by", off, f"<= {BOUND}")
             )
