@@ -35,6 +35,7 @@ KV_TARGET = 0.8  # of a kv_utilization without one
 MOST_GROWTH = 2.0  # of a size, where only a latency says that it is too small
 MOST_CROWD = 4.0  # of a size, where that many requests wait for each that runs
 TRIAL_SHARE = 0.34  # of the workers, the most that go because latencies are low
+UNSPENT = 0.5  # of the misses that the SLO lets go: with more over the last minutes nothing is tried
 TRIAL_PAUSE_S = 3600.0  # the next such trial at the same traffic
 TRIAL_DEMAND = 0.8  # or when the traffic has fallen to this share
 LEAST_GROWTH = 0.49  # workers: rounded up it is one, and in a cluster of one it is no panic
@@ -79,11 +80,14 @@ class Scene:
 
     @property
     def trial_open(self) -> bool:
-        """Low latencies may be tried out (again): the traffic has fallen, by more than chance, or it is long ago.
+        """Low latencies may be tried out (again): hardly any miss, and the traffic has fallen, by more than chance, or it is long ago.
 
         Where workers were seen strained only the first counts: what they take is known for traffic like that.
         """
         at_s, state = self.observation.now_s, self.state
+        slo = self.config.slo
+        if slo is not None and state.missed_share > UNSPENT * (1.0 - slo.attainment):
+            return False
         if state.trial_s is None:
             return True
         sure = max(1.0 - 2.0 / math.sqrt(max(self.requests, 1.0)), 0.3)
@@ -194,7 +198,9 @@ def slo_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
     if slo.ttft_s is not None and wait_s > slo.ttft_s:
         return _strained(scene, wait_s / slo.ttft_s), f"{words}; what waits needs {wait_s:.3g} s to begin"
     worst = max((found / target for _, found, target in ratios), default=0.0)
-    late = worst > 1.0 and ended < LEAST_REQUESTS <= scene.requests  # answers are long: few have ended, many have begun
+    late = (
+        worst > 1.0 and 4 * ended < scene.requests >= LEAST_REQUESTS
+    )  # answers are long: few have ended, many have begun
     if (late or too_many_missed(traffic, slo.attainment, scene.state.missed_share)) and _counts(scene):
         if not _contended(scene):
             return float(scene.now), f"{words}; but nobody waits and steps are fast: more workers would not help"
