@@ -27,14 +27,7 @@ class TradingKvBooks(KvBooks):
         """The arena has grown by these ids. There is room now: donors in pieces are put together."""
         self._free.give(granules)
         self.total_granules += len(granules)
-        most = MOVED_BYTES // self.geometry.granule_bytes
-        for donor in [self._slots[index] for index in reversed(self._donors)]:  # what is used most lately stays longest
-            count = self.geometry.granules_for(donor.committed)
-            if count > most or sum(1 for _ in runs_of(donor.granules)) < 2:
-                continue
-            if self._movable(donor) and self._free.lowest_run(count) is not None:
-                self._move(donor, self._free.take(count, room=count))
-                most -= count
+        self._put_together(MOVED_BYTES // self.geometry.granule_bytes)
 
     def remove_granules(self, count: int) -> list[int]:
         """Up to `count` granules leave the arena: those of donors, least recently used first, if the free ones are not enough; never a
@@ -59,17 +52,35 @@ class TradingKvBooks(KvBooks):
         held = (granule for index in self._donors for granule in self._slots[index].granules)
         return nlargest(count, {*self._free, *(granule for granule in held if granule not in self._pins)})[-1]
 
+    def _put_together(self, most: int) -> None:
+        """Move donors that lie in pieces, while there are runs for them. What is used most lately stays longest, so it comes first."""
+        moved = True
+        while moved:  # one that has moved leaves room
+            moved = False
+            for donor in [self._slots[index] for index in reversed(self._donors)]:
+                count = self.geometry.granules_for(donor.committed)
+                if count > most or sum(1 for _ in runs_of(donor.granules)) < 2:
+                    continue
+                if self._movable(donor) and self._free.lowest_run(count) is not None:
+                    self._move(donor, self._free.take(count, room=count))
+                    most -= count
+                    moved = True
+
     def _clear_above(self, lowest: int) -> None:
         """Move donors that hold granules from `lowest` on below it, as far as there are runs for them."""
         most = MOVED_BYTES // self.geometry.granule_bytes
-        for donor in [self._slots[index] for index in self._donors]:
-            count = self.geometry.granules_for(donor.committed)
-            if count > most or max(donor.granules) < lowest or not self._movable(donor):
-                continue
-            begin = self._free.lowest_run(count)
-            if begin is not None and begin + count <= lowest:
-                self._move(donor, self._free.take(count, after=begin - 1))
-                most -= count
+        moved = True
+        while moved:
+            moved = False
+            for donor in [self._slots[index] for index in self._donors]:
+                count = self.geometry.granules_for(donor.committed)
+                if count > most or max(donor.granules) < lowest or not self._movable(donor):
+                    continue
+                begin = self._free.lowest_run(count)
+                if begin is not None and begin + count <= lowest:
+                    self._move(donor, self._free.take(count, after=begin - 1))
+                    most -= count
+                    moved = True
 
     def _movable(self, donor: Slot) -> bool:
         """Nobody shares its first granules, and there is a slot to move to."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
+from statistics import fmean
 
 import pytest
 from hypothesis import given, settings
@@ -85,23 +86,49 @@ class Cycled:
         return [s.granules for s in self.books._slots if s.granules and not (donors_only and s.running)]
 
 
-@given(st.integers(), st.integers(1, 8), st.integers(0, 40))
-@settings(max_examples=25, deadline=None)
-def test_neither_slots_nor_arena_nor_weights_fall_into_more_pieces_with_cycles(
-    seed: int, running: int, spare: int
-) -> None:
+def random_cycled(seed: int) -> Cycled:
     rng = Random(seed)
-    world = Cycled(rng, arena=160, traded=120, spare=spare, running=running)
-    for _ in range(12):
-        world.load(rng.randint(0, 120))
+    return Cycled(rng, arena=160, traded=120, spare=rng.randint(0, 40), running=rng.randint(1, 8))
+
+
+@given(st.integers())
+@settings(max_examples=25, deadline=None)
+def test_slots_arena_and_weights_lie_in_few_pieces_after_every_change(seed: int) -> None:
+    world = random_cycled(seed)
+    for _ in range(8):
+        world.load(world.rng.randint(0, 120))
         world.up()
-        donors = [pieces(granules) for granules in world.held(donors_only=True)]
-        assert sum(donors) <= 1.2 * len(donors) + 1, "there is room, but what donors hold is not put together"
-        world.load(rng.randint(0, 120))
+        for slot in (world.books._slots[index] for index in world.books._donors):
+            needed = GEOMETRY.granules_for(slot.committed)
+            fits = world.books._free_slots and world.books._free.lowest_run(needed) is not None
+            assert pieces(slot.granules) == 1 or not fits, "there is a run for it, but a donor was left in pieces"
+        world.load(world.rng.randint(0, 120))
         world.down()
-        # Slots that run stay where they are, so not everything that leaves can be the highest.
-        assert pieces(sorted(world.ids)) <= 16 + world.most_running, "the arena is scattered over the pool"
-        assert len(world.weights) <= 12 + world.most_running, "weights that take its place are scattered"
+        # Slots that run stay where they are, so not everything that leaves is the highest.
+        assert pieces(sorted(world.ids)) <= 32, "the arena is scattered over the pool"
+        assert len(world.weights) <= 24, "the weights that took its place are scattered"
+
+
+def test_pieces_do_not_become_more_from_cycle_to_cycle() -> None:
+    arena: list[list[int]] = []
+    weights: list[list[int]] = []
+    slots: list[list[float]] = []
+    for seed in range(30):
+        world = random_cycled(seed)
+        for history in (arena, weights, slots):
+            history.append([])
+        for _ in range(16):
+            for change in (world.up, world.down):
+                world.load(world.rng.randint(0, 120))
+                change()
+            arena[-1].append(pieces(sorted(world.ids)))
+            weights[-1].append(len(world.weights))
+            slots[-1].append(fmean(map(pieces, world.held())) if world.held() else 1.0)
+    for history, most in ((arena, 16), (weights, 9), (slots, 1.4)):
+        sooner = fmean(fmean(each[4:10]) for each in history)
+        later = fmean(fmean(each[10:]) for each in history)
+        assert later <= most
+        assert later <= 1.15 * sooner
 
 
 def books_with(*requests: list[int], granules: list[int]) -> TradingKvBooks:
