@@ -8,12 +8,14 @@ later, *started* as a worker with an incarnation. Torch is imported while warmin
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import logging
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 
 STANDBY_NICE = 10
 WORKER_PROCESS = "flexpert.workers.process:WorkerProcess"
+OPTIONAL = "scipy"  # transformers imports it where it is found, for losses of detectors: an eighth of all imports
 MODEL_SHAPE = "flexpert.workers.shape"
 
 # Which errors of a start are of which kind (exit code and advice), by the name of the class: most live in modules that import torch.
@@ -71,6 +74,17 @@ class StartFailure:
         return asdict(self)
 
 
+@contextlib.contextmanager
+def _without(package: str) -> Iterator[None]:
+    """What is imported meanwhile does not find the package, unless it is there already."""
+    hidden = sys.modules.setdefault(package, None) is None  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[package]
+
+
 class WorkerActor:
     """One process that can become a worker. Made an async actor: its methods run on one loop, slow work in threads."""
 
@@ -103,7 +117,8 @@ class WorkerActor:
         if not urgent:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), STANDBY_NICE)
         try:
-            module = importlib.import_module(self._module)
+            with _without(OPTIONAL):
+                module = importlib.import_module(self._module)
             prepare = getattr(module, "prepare", None)
             if prepare is not None:
                 prepare(model_dir, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import importlib.util
 import os
 import sys
 import threading
@@ -101,6 +102,22 @@ async def test_warm_process_becomes_a_worker(played: WorkerActor) -> None:
     assert await played.progress("start") == (5, 10)
     assert await played.progress("prepare") == (0, 0)
     await played.stop()
+
+
+async def test_imports_of_a_worker_do_not_find_what_it_never_uses(
+    played: WorkerActor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "played_needs.py").write_text("import importlib.util\nfound = importlib.util.find_spec('colorsys')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(module, "OPTIONAL", "colorsys")
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    played._module = "played_needs"
+    try:
+        assert "failure" not in await played.warm("/model", "cpu")
+        assert sys.modules["played_needs"].found is None
+        assert importlib.util.find_spec("colorsys") is not None, "whoever wants it later has it"
+    finally:
+        sys.modules.pop("played_needs", None)
 
 
 async def test_start_that_fails_answers_with_the_failure(played: WorkerActor) -> None:
