@@ -3,7 +3,10 @@
     python benchmarks/simulate.py [--traces azure-conv=30 ...] [--folder DIR] [--no-day] [--profile example-gpu] [--devices 64]
 
 Each trace is played scaled (name=scale), because one device takes some of them as they were recorded. Baselines are tuned on the first half
-of the trace, everything is reported on the second one. With --folder, whole recordings there stand for the shipped excerpts.
+of the trace, everything is reported on the second one, which every autoscaler enters with the size and the state that the first one left
+it with. Device-hours over static peak's count standbys, too: each waits at a device. Where the oracle itself needs more than 0.75 of
+static peak's, the load is too even for that goal; it stays in the table, and the policy is held against the oracle as well.
+With --folder, whole recordings there stand for the shipped excerpts.
 servegen-m-small holds 166 million requests and is left out: a worker takes a million of them in a day, each of which is played.
 "day": 24 h of ServeGen's deepseek-r1 as recorded, and 60 times that on 1,000 devices with one simulated request for 60: how long it takes.
 "sample": the same load played whole and with one request for n: how far apart the figures are.
@@ -22,7 +25,7 @@ import saved_run
 
 from flexpert.controller.policy.parse import parse_policy
 from flexpert.controller.policy.types import PolicyConfig, SloConfig
-from flexpert.simulator.comparison import FAMILIES, GOOD, oracle, play, static_peak, tune
+from flexpert.simulator.comparison import FAMILIES, GOOD, oracle, play, play_on, static_peak, tune
 from flexpert.simulator.load import open_load
 from flexpert.simulator.policies import PolicyScaler
 from flexpert.simulator.profile import load_profile
@@ -39,6 +42,7 @@ FILES = {
     "mooncake-synthetic": "mooncake_synthetic_trace.jsonl.gz",
 }  # fmt: skip
 DAY = "servegen-deepseek-r1"
+MOST_HOURS = 0.75  # of static peak's
 
 
 def default_policy(*, devices: int, slo: Slo) -> PolicyConfig:
@@ -59,7 +63,8 @@ def row(trace: str, result: SimulationResult, peak: SimulationResult | None, sec
         "attainment": result.attainment,
         "device_hours": result.device_hours,
         "attainment_of_peak": round(result.attainment / peak.attainment, 4) if peak else 1.0,
-        "hours_of_peak": round(result.device_hours / peak.device_hours, 4) if peak else 1.0,
+        "standby_hours": result.standby_hours,
+        "hours_of_peak": round((result.device_hours + result.standby_hours) / peak.device_hours, 4) if peak else 1.0,
         "changes": len(result.scale_events),
         "flaps": result.flaps,
         "stall_s": round(result.stall_s, 3),
@@ -90,10 +95,14 @@ def compare(trace: str, scale: float, options: argparse.Namespace) -> list[dict[
 
     peak = add("static-peak", lambda: static_peak(second, setting), None)
     scaler = PolicyScaler("default", default_policy(devices=options.devices, slo=slo))
-    add("default", lambda: play(second, scaler, setting), peak)
+    add("default", lambda: play_on(first, second, scaler, setting), peak)
     for family in FAMILIES:
         share = tune(first, setting, family, standby=1, wanted=GOOD * slo.attainment)
-        add(family.name, lambda family=family, share=share: play(second, family.make(share, setting, 1), setting), peak)
+        add(
+            family.name,
+            lambda family=family, share=share: play_on(first, second, family.make(share, setting, 1), setting),
+            peak,
+        )
     add("oracle", lambda: oracle(second, setting, peak), peak)
     return rows
 
@@ -134,12 +143,30 @@ def day(scale: int, devices: int, options: argparse.Namespace) -> dict[str, Any]
     }  # fmt: skip
 
 
+def _ahead(other: dict[str, Any], ours: dict[str, Any]) -> bool:
+    """On the front the other one is before the policy: as good and cheaper, or better and as cheap."""
+    reached = min(ours["attainment_of_peak"], GOOD)  # more than what counts as holding the SLO is worth nothing
+    return other["attainment_of_peak"] >= reached and other["hours_of_peak"] < ours["hours_of_peak"]
+
+
 def goals(rows: list[dict[str, Any]], days: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for trace in dict.fromkeys(each["trace"] for each in rows):
         ours = next(each for each in rows if each["trace"] == trace and each["who"] == "default")
         found.append(saved_run.goal(f"{trace}: attainment over static peak's", ours["attainment_of_peak"], ">= 0.99"))
-        found.append(saved_run.goal(f"{trace}: device-hours over static peak's", ours["hours_of_peak"], "<= 0.75"))
+        best = next(each for each in rows if each["trace"] == trace and each["who"] == "oracle")
+        hours = ours["hours_of_peak"]
+        found.append(saved_run.goal(f"{trace}: device-hours over static peak's", hours, f"<= {MOST_HOURS}"))
+        if best["hours_of_peak"] > MOST_HOURS:
+            even = f"{trace}: the oracle needs {best['hours_of_peak']:.2f} of static peak's; device-hours over the oracle's"
+            found.append(saved_run.goal(even, round(hours / best["hours_of_peak"], 4), "<= 1.25"))
+        found += [
+            saved_run.goal(
+                f"{trace}: {each['who']} is cheaper and attains as much (1 if so)", float(_ahead(each, ours)), "<= 0"
+            )
+            for each in rows
+            if each["trace"] == trace and each["who"].startswith(tuple(family.name for family in FAMILIES))
+        ]
     found += [saved_run.goal(f"{each['trace']}, s on one core", each["seconds"], "<= 120") for each in days]
     return found
 
