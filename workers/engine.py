@@ -11,7 +11,6 @@ next step. Nothing here knows about sockets: outputs go to the `emit` callback o
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -91,7 +90,7 @@ class Engine:
     def join(self, owner: Owner) -> None:
         """From here on `owner` gets Stats, also where nothing is computed: the first ones now."""
         self._owners.add(owner)
-        with contextlib.suppress(RuntimeError):  # it has stopped
+        if not self._stopping:
             self.call(lambda: self._send_stats(force=True))
 
     def leave(self, owner: Owner) -> None:
@@ -352,8 +351,7 @@ class Engine:
 
     def _notify(self) -> None:
         self._wake.notify()
-        group = self._group
-        if group is not None:
+        if (group := self._group) is not None:
             group.wake()
 
     def _run_calls(self) -> None:
