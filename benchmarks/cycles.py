@@ -199,7 +199,10 @@ async def run(cluster: LocalCluster, num_cycles: int) -> tuple[dict[int, Reading
                     async with load.held():
                         for job in FILLING:
                             await load.ask(job)
-                        readings[number] = await calm_reading(cluster.runtime)
+                        try:
+                            readings[number] = await calm_reading(cluster.runtime)
+                        except TimeoutError as error:
+                            print(f"cycle {number}: no reading: {error}", flush=True)
                     print(f"cycle {number}: {statistics.fmean(seconds[-20:]):.2f} s a transition", flush=True)
         finally:
             await load.end()
@@ -239,7 +242,10 @@ def main() -> None:
         cluster.close()
     rows, worst = rows_of(readings, args.cycles)
     quarter = max(1, len(seconds) // 4)
-    times = [
+    times: list[dict[str, Any]] = [
+        {"what": "readings", "median": len(readings), "unit": f"of {min(READINGS, args.cycles)}"}
+    ]
+    times += [
         {"what": f"seconds a transition, {which} quarter", "median": statistics.median(part), "unit": "s"}
         for which, part in (("first", seconds[:quarter]), ("last", seconds[-quarter:]))
     ]
