@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gc
 import importlib.util
 import os
 import sys
@@ -104,10 +105,11 @@ async def test_warm_process_becomes_a_worker(played: WorkerActor) -> None:
     await played.stop()
 
 
-async def test_imports_of_a_worker_do_not_find_what_it_never_uses(
+async def test_imports_of_a_worker_leave_out_what_they_need_not_do(
     played: WorkerActor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "played_needs.py").write_text("import importlib.util\nfound = importlib.util.find_spec('colorsys')\n")
+    code = "import gc, importlib.util\nfound, collects = importlib.util.find_spec('colorsys'), gc.isenabled()\n"
+    (tmp_path / "played_needs.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(module, "OPTIONAL", "colorsys")
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
@@ -115,6 +117,7 @@ async def test_imports_of_a_worker_do_not_find_what_it_never_uses(
     try:
         assert "failure" not in await played.warm("/model", "cpu")
         assert sys.modules["played_needs"].found is None
+        assert (sys.modules["played_needs"].collects, gc.isenabled()) == (False, True)
         assert importlib.util.find_spec("colorsys") is not None, "whoever wants it later has it"
     finally:
         sys.modules.pop("played_needs", None)
