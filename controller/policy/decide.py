@@ -104,7 +104,7 @@ def _remember(scene: Scene, load: float | None, work: float | None, *, ahead_s: 
         peaks=peaks,
         smooth=round(smooth, 6),
         demands=behavior.push_peak(state.demands, Sample(at_s=now_s, value=demand), window_s=down_s),
-        sized_demand=max(state.sized_demand, demand) if state.sized_workers else 0.0,
+        sized_demand=max(state.sized_demand, demand) if state.sized_demand else 0.0,
         low_since_s=(now_s if state.low_since_s is None else state.low_since_s) if low else None,
         fallback_grown=state.fallback_grown and not whole,
         last_s=now_s,
@@ -297,13 +297,21 @@ def _ordered(case: Case, verdict: Verdict, state: State, order: Order) -> State:
     kept = tuple(item for item in state.changes if item.at_s > case.now_s - period_s)
     state = replace(state, order=order, changes=(*kept, change))
     if order.plan.kind == "grow":
-        state = _sized(state, order, load=case.load or 0.0, demand=case.scene.demand)
+        state = _sized(state, order, load=case.load or 0.0, demand=_traffic_of(case, case.scene.demand))
     elif verdict.final:
         peak = max(state.peaks[0].value if state.peaks else 0.0, case.load or 0.0)
-        state = _sized(state, order, load=peak, demand=state.demands[0].value if state.demands else 0.0)
+        state = _sized(
+            state, order, load=peak, demand=_traffic_of(case, state.demands[0].value if state.demands else 0.0)
+        )
     if verdict.trial:
         state = replace(state, trial_s=case.now_s, trial_demand=round(case.scene.demand, 6))
     return state
+
+
+def _traffic_of(case: Case, demand: float) -> float:
+    """0 where a signal asked that does not follow tokens: its own load tells when it is over."""
+    kinds = {signal.name: signal.type for signal in case.scene.config.signals}
+    return demand if kinds.get(case.loudest) in ("slo", "queue_time", "tokens_per_second") else 0.0
 
 
 def _sized(state: State, order: Order, *, load: float, demand: float) -> State:

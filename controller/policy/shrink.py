@@ -77,7 +77,7 @@ def _steady(case: Case, wanted: int, floor: int) -> Verdict:
         if peak > state.sized_load * (1.0 - noise(case)):
             steady = state.sized_workers
             why = f"{state.sized_workers} were chosen for a load of {state.sized_load:.2f}, and {peak:.2f} is no less"
-        elif demand > state.sized_demand * (1.0 - noise(case)):
+        elif state.sized_demand and demand > state.sized_demand * (1.0 - noise(case)):
             steady = state.sized_workers
             why = (
                 f"{state.sized_workers} were chosen for {state.sized_demand:.0f} tokens/s, and {demand:.0f} is no less"
