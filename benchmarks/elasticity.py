@@ -301,6 +301,7 @@ def main() -> None:
     parser.add_argument(
         "--share-gpus", action="store_true", help="several workers on one GPU, by gloo in place of NCCL"
     )
+    parser.add_argument("--threads", help="of each worker; where all have cores of their own, nobody slows another")
     parser.add_argument("--out", type=Path, default=saved_run.RESULTS)
     args = parser.parse_args()
     if args.sizes:
@@ -328,6 +329,7 @@ def sizes(text: str) -> list[int]:
 def model_options(args: argparse.Namespace, folder: Path) -> list[str]:
     found = [] if args.kv_memory is None else ["--kv-memory", args.kv_memory]
     found += ["--share-gpus"] * args.share_gpus
+    found += [] if args.threads is None else ["--threads", args.threads]
     if args.shape is None:
         return found
     import shapes

@@ -123,6 +123,10 @@ def up(
     share_gpus: Annotated[
         bool, typer.Option("--share-gpus", help="With more workers than GPUs: several on one. To try things out.")
     ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Compute threads of each worker on the CPU. [default: the cores there are]"),
+    ] = None,
     name: Name = "default",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error; the logs: flexpert logs.")] = "info",
     drain_timeout: Annotated[
@@ -173,6 +177,7 @@ def up(
             policy=start.path,
             policy_most=start.most,
             share_gpus=share_gpus,
+            threads=threads,
             log_level=_one_of("--log-level", log_level, ("debug", "info", "warning", "error")),
             drain_timeout_s=drain_timeout,
         )

@@ -69,6 +69,7 @@ class UpOptions:
     policy: Path | None = None
     policy_most: int | None = None  # workers that it may want
     share_gpus: bool = False
+    threads: int | None = None
     log_level: str = "info"
     drain_timeout_s: float = 30.0
 
@@ -175,7 +176,7 @@ class _Up:
             max_workers=max_workers,
             policy_path=options.policy,
             drill_dir=Path(drills) if (drills := os.environ.get("FLEXPERT_DRILL_DIR")) else None,
-            threads=machine.cores(),
+            threads=options.threads or machine.cores(),
             drain_timeout_s=options.drain_timeout_s,
             num_gpus=min(max_workers, machine.gpus()) if device == "cuda" else 0,
             step_timeout_s=GPU_STEP_TIMEOUT_S if device == "cuda" else ClusterSpec.step_timeout_s,

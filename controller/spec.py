@@ -16,7 +16,7 @@ from flexpert.workers.actor import WORKER_PROCESS
 class ClusterSpec:
     """workers: how many serve at first; max_workers: how many devices there are, one for each. standbys: warm
     processes kept beside them. memory_bytes: budget of each device's HBM manager (weights and KV), for an adopted one only where
-    memory_exact. Settings that are None are left to the worker's defaults. threads: cores that the workers of a machine share.
+    memory_exact. Settings that are None are left to the worker's defaults. threads: of each worker, for computing on the CPU.
 
     cluster_token: what gateways show to workers. api_keys: empty lets everyone in. admin_keys: empty lets nobody use
     the admin API. port 0 lets the kernel choose. step_timeout_s: after which the ranks of an epoch drop a step that one of them misses.
