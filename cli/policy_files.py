@@ -1,4 +1,7 @@
-"""Policy files as the commands take them: read, checked before a cluster starts with one, tried on a record."""
+"""Policy files as the commands take them: read, checked before a cluster starts with one, tried on a record.
+
+What a policy consists of is imported with the first one: `flexpert up` without a policy starts without it.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flexpert.cli import machine
 from flexpert.cli.errors import CommandError
-from flexpert.controller.autoscaler.dry_run import NothingRecorded, dry_run
-from flexpert.controller.autoscaler.source import UnusablePolicy, read_policy
-from flexpert.controller.policy.record import RecordError
-from flexpert.controller.policy.spec import ScalingPolicy
+
+if TYPE_CHECKING:
+    from flexpert.controller.policy.spec import ScalingPolicy
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def most_workers(options: UpChoices, device: str, *, tell: Callable[[str], None]
 
 def usable(file: str) -> ScalingPolicy:
     """Raises CommandError with all that is wrong with it."""
+    from flexpert.controller.autoscaler.source import UnusablePolicy, read_policy
+
     try:
         return read_policy(read_text(file))
     except UnusablePolicy as error:
@@ -85,6 +89,9 @@ def read_text(file: str) -> str:
 
 def dry_run_recorded(policy: str, recorded: str) -> dict[str, Any]:
     """Without a cluster. Raises CommandError."""
+    from flexpert.controller.autoscaler.dry_run import NothingRecorded, dry_run
+    from flexpert.controller.policy.record import RecordError
+
     config = usable(policy).to_config()
     try:
         return dry_run(read_text(recorded).splitlines(), config)
