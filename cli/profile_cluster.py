@@ -32,6 +32,8 @@ __all__ = ["ClusterOptions", "profile_cluster", "settle"]
 TRANSITION_TIMEOUT_S, STANDBY_TIMEOUT_S, POLL_S = 180.0, 60.0, 0.1
 CYCLES = 2  # from the smallest size to the largest and back
 CALM_S = 4.0  # after each change
+SURPLUS_S = 75.0  # for a leaver's process to end: a minute, and the time until that is seen
+CYCLE_TOKENS = 32  # of each answer meanwhile: short beside a start, so that many see nothing else
 SETTLE_S = 1.0
 ROUND_LIMIT_S = 600.0
 
@@ -148,6 +150,9 @@ class _Cluster:
             self._change(workers)
         settle(self._api)
 
+    def _standbys(self) -> int:
+        return sum(process["phase"] == "warm" for process in self.status()["processes"].values())
+
     def _change(self, workers: int) -> None:
         transition = self._api.scale(workers, request_id=f"profile-{secrets.token_hex(8)}")
         ends_s = time.monotonic() + TRANSITION_TIMEOUT_S
@@ -160,13 +165,20 @@ class _Cluster:
             )
 
     def cycle(self, profile: Profile, sizes: Sequence[int]) -> Profile:
-        """Up and down under a light load."""
+        """Up and down, with half of the smallest size's places busy. The first join finds the standbys that are kept and no more, so that
+        the one that it takes is replaced."""
         low, high = min(sizes), max(sizes)
+        kept = self._standbys()
         self.resize(low)
+        ends_s = time.monotonic() + SURPLUS_S
+        while self._standbys() > kept and time.monotonic() < ends_s:
+            time.sleep(POLL_S)
         after = max((event["sequence"] for event in self._api.events(after=0)), default=0)
-        apart_s = 16 * profile.decode[-1][1] / max(1, profile.max_running // 3)
+        apart_s = CYCLE_TOKENS * profile.decode[-1][1] / max(1, low * profile.max_running // 2)
         length_s = CYCLES * 2 * STANDBY_TIMEOUT_S
-        light = self._test(lambda: (Arrival(n * apart_s, 16, 16) for n in range(int(length_s / apart_s))), length_s)
+        light = self._test(
+            lambda: (Arrival(n * apart_s, 16, CYCLE_TOKENS) for n in range(int(length_s / apart_s))), length_s
+        )
         stop, results = threading.Event(), []
         load = threading.Thread(target=lambda: results.append(self._run(light, stop)), name="load", daemon=True)
         load.start()
@@ -183,9 +195,9 @@ class _Cluster:
             raise MeasureError("the load beside the changes came to nothing")
         (result,) = results
         seen = [
-            (result.started_unix_s + outcome.first_s, outcome.tpot_s)
+            (result.started_unix_s + outcome.first_s, result.started_unix_s + outcome.last_s, outcome.tpot_s)
             for outcome in result.outcomes
-            if outcome.first_s is not None and outcome.tpot_s is not None
+            if outcome.first_s is not None and outcome.last_s is not None and outcome.tpot_s is not None
         ]
         return with_changes(profile, read_changes(self._api.events(after=after), workers=low), seen)
 

@@ -7,6 +7,7 @@ begun ── join or leave ── committed ── (streams stand still: stall) 
 from __future__ import annotations
 
 import statistics
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 from flexpert.simulator.fit import MeasureError
 from flexpert.simulator.profile import Duration, Profile
 
-__all__ = ["Change", "read_changes", "with_changes"]
+__all__ = ["Answer", "Change", "read_changes", "with_changes"]
+
+Answer = tuple[float, float, float]  # unix times of its first and last token, time per output token
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,9 @@ def read_changes(events: Sequence[Mapping[str, Any]], *, workers: int) -> list[C
     return found
 
 
-def with_changes(profile: Profile, changes: Sequence[Change], seen: Sequence[tuple[float, float]]) -> Profile:
-    """profile with the times of these changes. seen: (unix time, time per output token) of answers. Raises MeasureError where workers
-    neither joined nor left."""
+def with_changes(profile: Profile, changes: Sequence[Change], seen: Sequence[Answer]) -> Profile:
+    """profile with the times of these changes. seen: answers of the load meanwhile. Raises MeasureError where workers neither joined nor
+    left."""
     joins = [change.committed_s - change.began_s for change in changes if change.after > change.before]
     leaves = [change.committed_s - change.began_s for change in changes if change.after < change.before]
     if not joins or not leaves:
@@ -71,23 +74,32 @@ def with_changes(profile: Profile, changes: Sequence[Change], seen: Sequence[tup
     ).check()
 
 
-def _starting(changes: Sequence[Change], seen: Sequence[tuple[float, float]]) -> float:
-    """Time per token while processes started, over that at the same size when all was calm."""
+def _starting(changes: Sequence[Change], seen: Sequence[Answer]) -> float:
+    """Time per token while processes started, over that at the same size when all was calm; of answers that saw nothing else. Sizes
+    count by their answers: a warm join is over before many have begun and ended in it, its standby's replacement takes seconds."""
+    edges = sorted({at_s for change in changes for at_s in (change.began_s, change.committed_s, change.calm_s)})
     busy: dict[int, list[float]] = {}
     calm: dict[int, list[float]] = {}
-    for at_s, tpot_s in seen:
-        before = [change for change in changes if change.began_s <= at_s]
-        size = (
-            changes[0].before
-            if not before
-            else before[-1].after
-            if at_s >= before[-1].committed_s
-            else before[-1].before
-        )
-        starting = bool(before) and at_s < before[-1].calm_s
+    for first_s, last_s, tpot_s in seen:
+        if bisect_right(edges, first_s) != bisect_left(edges, last_s):
+            continue
+        size, starting = _state(changes, first_s)
         (busy if starting else calm).setdefault(size, []).append(tpot_s)
-    ratios = [statistics.fmean(busy[size]) / statistics.fmean(calm[size]) for size in busy if size in calm]
-    return max(1.0, statistics.median(ratios)) if ratios else 1.0
+    both = [size for size in busy if size in calm]
+    if not both:
+        return 1.0
+    ratios = [statistics.fmean(busy[size]) / statistics.fmean(calm[size]) for size in both]
+    counts = [len(busy[size]) for size in both]
+    return max(1.0, sum(ratio * count for ratio, count in zip(ratios, counts, strict=True)) / sum(counts))
+
+
+def _state(changes: Sequence[Change], at_s: float) -> tuple[int, bool]:
+    """The size at a time, and whether processes started."""
+    before = [change for change in changes if change.began_s <= at_s]
+    if not before:
+        return changes[0].before, False
+    last = before[-1]
+    return (last.after if at_s >= last.committed_s else last.before), at_s < last.calm_s
 
 
 def _duration(seconds: Sequence[float]) -> Duration:

@@ -27,7 +27,7 @@ EPSILON = 1e-9
 
 
 class Cluster:
-    """`on_first(request, now_s)` and `on_end(request, now_s)` are told of first tokens and ends.
+    """`on_first(request, now_s)` and `on_end(request, now_s)` are told of first tokens and ends, `on_route` of who goes to a worker.
 
     stands_for: how many of the load's requests one simulated request stands for, and how many workers one lane.
     """
@@ -40,6 +40,7 @@ class Cluster:
         stands_for: int = 1,
         on_first: Callable[[Request, float], None],
         on_end: Callable[[Request, float], None],
+        on_route: Callable[[Request, float], None] = lambda _request, _now_s: None,
     ) -> None:
         self.profile = profile
         self.now_s = 0.0
@@ -49,13 +50,14 @@ class Cluster:
         self.queue: deque[Request] = deque()  # in the gateway
         self.preemptions = 0.0
         self.live = 0.0
-        self.unanswered = 0.0
+        self.unanswered = self._decoded_gone = 0.0  # gone: by lanes that left
         self.slow = 1.0  # times as long as the profile says, while other processes start
         self._times = StepTimes(profile)
         self._times_of = {None if (served := profile.serves(1)) is None else served.workers: self._times}
         self._stands_for = stands_for
         self._on_first = on_first
         self._on_end = on_end
+        self._on_route = on_route
         self._work: list[float] = []  # of each lane, for routing
         self._steps_s: list[float] = []  # of each lane, without prompts
         self._active: dict[Lane, None] = {}  # lanes with something to compute or to admit
@@ -70,6 +72,11 @@ class Cluster:
     @property
     def workers(self) -> int:
         return sum(lane.workers for lane in self.lanes)
+
+    @property
+    def decoded_tokens(self) -> float:
+        """So far, without first ones."""
+        return self._decoded_gone + sum(lane.decoded_tokens(self.step) for lane in self.lanes)
 
     @property
     def running(self) -> float:
@@ -91,9 +98,9 @@ class Cluster:
         if self.queue:
             self.queue.append(request)
         else:
-            self._route(request)
+            self._route(request, request.arrived_s)
 
-    def _route(self, request: Request) -> bool:
+    def _route(self, request: Request, now_s: float) -> bool:
         """To the lane with the least work; where its workers are fewer than the request stands for, only a part of it."""
         while True:
             lane = self._choose(request)
@@ -104,9 +111,9 @@ class Cluster:
             if rest > EPSILON:
                 part = Request(request.arrived_s, request.prompt, request.output, float(lane.workers))
                 request.weight = rest
-                self._enqueue(lane, part)
+                self._enqueue(lane, part, now_s)
                 continue
-            self._enqueue(lane, request)
+            self._enqueue(lane, request, now_s)
             return True
 
     def _choose(self, request: Request) -> Lane | None:
@@ -124,7 +131,8 @@ class Cluster:
                 best, best_key = lane, (waits, work)
         return best
 
-    def _enqueue(self, lane: Lane, request: Request) -> None:
+    def _enqueue(self, lane: Lane, request: Request, now_s: float) -> None:
+        self._on_route(request, now_s)
         lane.enqueue(request)
         self._active[lane] = None
         self._weigh(lane)
@@ -280,7 +288,7 @@ class Cluster:
 
     def _drain_queue(self) -> None:
         while self.queue:
-            if not self._route(self.queue.popleft()):
+            if not self._route(self.queue.popleft(), self.now_s):
                 return
 
     def _preempt(self) -> None:
@@ -333,6 +341,7 @@ class Cluster:
             lane.workers -= leavers
             count -= leavers
             if not lane.workers:
+                self._decoded_gone += lane.decoded_tokens(self.step)
                 self.lanes.remove(lane)
                 self._active.pop(lane, None)
         self._resized()

@@ -30,7 +30,11 @@ class Records:
         self._slo = slo
         self._ended = array("d")
         self._first = array("d")  # at, ttft, queue, weight of each first token
-        self._window = [0, 0]  # where the traffic window begins in both
+        self._routed = array("d")  # at, since its arrival, weight of each that went to a worker
+        self._window = [0, 0, 0]  # where the traffic window begins in each
+
+    def on_route(self, request: Request, now_s: float) -> None:
+        self._routed.extend((now_s, now_s - request.arrived_s, request.weight))
 
     def on_first(self, request: Request, now_s: float) -> None:
         self._first.extend(
@@ -64,15 +68,21 @@ class Records:
         """[requests, FIELDS] in the order of their ends."""
         return np.array(self._ended).reshape(-1, FIELDS)
 
-    def traffic(self, since_s: float) -> tuple[Floats, Floats]:
-        """Ended requests [n, FIELDS] and first tokens [n, 4] from since_s on; since_s must not fall from call to call."""
-        ended, first = self._window
+    def traffic(self, since_s: float) -> tuple[Floats, Floats, Floats]:
+        """Ended requests [n, FIELDS], first tokens [n, 4] and routed ones [n, 3] from since_s on, which must not fall from call to call."""
+        ended, first, routed = self._window
         while ended < len(self._ended) and self._ended[ended + 1] < since_s:
             ended += FIELDS
         while first < len(self._first) and self._first[first] < since_s:
             first += 4
-        self._window = [ended, first]
-        return np.array(self._ended[ended:]).reshape(-1, FIELDS), np.array(self._first[first:]).reshape(-1, 4)
+        while routed < len(self._routed) and self._routed[routed] < since_s:
+            routed += 3
+        self._window = [ended, first, routed]
+        return (
+            np.array(self._ended[ended:]).reshape(-1, FIELDS),
+            np.array(self._first[first:]).reshape(-1, 4),
+            np.array(self._routed[routed:]).reshape(-1, 3),
+        )
 
 
 @dataclass(slots=True)

@@ -1,13 +1,18 @@
 """The modelled cluster as the policy sees it: the Observation that the autoscaler's loop would make of it.
 
 Windows and what counts in them are those of controller.gateway.window: requests by their end, first tokens by their time, and of those that
-still wait the ones that are already too late. Workers of one lane are alike and given as one reading repeated.
+still wait the ones that are already too late; queue_s is the wait in the gateway alone, a worker's own queue is told by its `waiting`.
+Rates of workers are of the time since the look before. Workers of one lane are alike and given as one reading repeated.
+
+Coarser than the real one, for speed: requests that go on share one tpot, that of the window's steps, and the longest context is looked for
+every CONTEXTS_S.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,10 +40,9 @@ __all__ = ["Observer", "window_of"]
 
 SHORTEST_WINDOW_S = 10.0  # of controller.autoscaler.loop
 OTHERS_WINDOW_S = 30.0  # for those who decide otherwise
-RATES_S = 5.0  # of a worker's token rates
 CONTEXTS_S = 30.0  # the longest context is looked for so often
 Floats = NDArray[np.float64]
-LAST_TIMES = 20  # of joins, leaves and stalls
+LAST_TIMES = 50  # of joins and leaves, as controller.autoscaler.observe keeps them
 
 
 def window_of(scaler: Scaler) -> float:
@@ -94,7 +98,7 @@ class Observer:
             memory_floor=cluster.profile.memory_floor(sum(lane.kv_used(cluster.step) * lane.workers for lane in cluster.lanes)),
             join_s=_measured(scaling.joins_s),
             leave_s=_measured(scaling.leaves_s),
-            stall_s=_measured(scaling.stalls_s),
+            stall_s=_of_all(scaling.stalls_s),
         )  # fmt: skip
 
     def _workers(self, now_s: float) -> tuple[WorkerReading, ...]:
@@ -127,16 +131,16 @@ class Observer:
             number += lane.workers
         running = self._scaling.running
         if running is not None:
-            readings += [
-                WorkerReading(worker_id=f"worker-{number + i}", phase="joining")
-                for i in range(running.to_workers - running.from_workers)
-            ]
+            more = running.to_workers - running.from_workers
+            readings += [WorkerReading(worker_id=f"worker-{number + i}", phase="joining") for i in range(more)]
+            if more < 0:  # the last ones, as in Cluster.shrink
+                readings[more:] = [replace(reading, phase="leaving") for reading in readings[more:]]
         return tuple(readings)
 
     def _rates(self, lane: Lane, now_s: float) -> tuple[float, float]:
         """Prompt and output tokens/s of one worker."""
         at_s, prefilled, decoded, prefill, decode = self._counts.get(lane, (now_s, 0.0, 0.0, 0.0, 0.0))
-        if now_s - at_s >= RATES_S or lane not in self._counts:
+        if now_s > at_s or lane not in self._counts:
             prefilled_now, decoded_now = lane.prefill_tokens, lane.decoded_tokens(self._cluster.step)
             if now_s > at_s:
                 per_s = 1 / (now_s - at_s) / lane.workers
@@ -146,13 +150,15 @@ class Observer:
 
     def _traffic(self, now_s: float, arrived: float, arrived_tokens: float) -> TrafficReading:
         cluster, past = self._cluster, self._past
-        decoded = sum(lane.decoded_tokens(cluster.step) for lane in cluster.lanes)
+        decoded = cluster.decoded_tokens
         while len(past) > 1 and past[1][0] <= now_s - self._window_s:
             past.popleft()
         since_s, steps, arrived_then, tokens_then, decoded_then, busy_then = past[0]
         past.append((now_s, cluster.step, arrived, arrived_tokens, decoded, cluster.busy_s))
         per_s = 1 / (now_s - since_s) if now_s > since_s else 0.0
-        ended, first = self._records.traffic(now_s - self._window_s)
+        ended, first, routed = self._records.traffic(now_s - self._window_s)
+        routed = self._with_queued(routed, now_s)
+        first_per_s = float(first[:, 3].sum()) / min(self._window_s, now_s) if now_s > 0 else 0.0
         met = self._records.met(ended[:, 2], ended[:, 3])
         late, late_weights = self._late(now_s)
         first_weights = np.concatenate([first[:, 3], late_weights])
@@ -165,16 +171,23 @@ class Observer:
             age_s=0.0,
             requests_per_s=(arrived - arrived_then) * per_s,
             prompt_tokens_per_s=(arrived_tokens - tokens_then) * per_s,
-            output_tokens_per_s=max(0.0, decoded - decoded_then) * per_s,
+            output_tokens_per_s=max(0.0, decoded - decoded_then) * per_s + first_per_s,
             live=round(cluster.live),
             waiting=round(cluster.unanswered),
-            queue_s=percentile(first[:, 2], first[:, 3], 0.95),
+            queue_s=percentile(routed[:, 1], routed[:, 2], 0.95),
             ttft_s=percentile(np.concatenate([first[:, 1], late]), first_weights, 0.95),
             tpot_s=percentile(tpot[known], tpot_weights[known], 0.95),
             met=round(float(ended[met, 5].sum())),
             missed=round(float(ended[~met, 5].sum() + late_weights.sum())),
             since_s=self._start_s + max(0.0, now_s - self._window_s),
         )
+
+    def _with_queued(self, routed: Floats, now_s: float) -> Floats:
+        """With those that no worker has yet and that wait longer than the others did."""
+        usual_s = percentile(routed[:, 1], routed[:, 2], 0.95) or 0.0
+        ages = [(now_s, now_s - request.arrived_s, request.weight) for request in self._cluster.queue]
+        longer = [each for each in ages if each[1] > usual_s]
+        return np.concatenate([routed, np.array(longer).reshape(-1, 3)])
 
     def _late(self, now_s: float) -> tuple[Floats, Floats]:
         """Ages and weights of requests without a first token whose time for it is over."""
@@ -209,3 +222,10 @@ def _measured(seconds: Sequence[float]) -> Measured | None:
     last = sorted(seconds[-LAST_TIMES:])
     p95 = last[min(len(last) - 1, int(0.95 * len(last)))]
     return Measured(mean_s=sum(last) / len(last), p95_s=p95, count=len(seconds))
+
+
+def _of_all(seconds: Sequence[float]) -> Measured | None:
+    """As the real one tells what it keeps no samples of: the highest stands for the p95."""
+    if not seconds:
+        return None
+    return Measured(mean_s=sum(seconds) / len(seconds), p95_s=max(seconds), count=len(seconds))

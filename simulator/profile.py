@@ -80,7 +80,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     join_warm, join_cold: from the order to serving, with a standby and without; leave: from the order to gone; stall: how long streams
     stand still at a commit. Beside these, expert slabs move at move_bytes_per_s to
-    each worker. standby_s: until a used standby is replaced; meanwhile, and while a transition runs, steps take `starting` times as long.
+    each worker. standby_s: from the commit until a used standby is replaced; meanwhile, and while a transition runs, steps take `starting`
+    times as long.
 
     served: what clusters of some sizes showed as a whole, in rising order. A size takes the largest of them that is not larger.
     """
@@ -155,6 +156,26 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """What was seen of the largest size that is not larger, else of the smallest; None where none was."""
         return next((each for each in reversed(self.served) if each.workers <= workers), None) or next(
             iter(self.served), None
+        )
+
+    def slower(self, times: float) -> Profile:
+        """The same on a machine whose steps and answers take `times` as long; changes of size take what they took."""
+
+        def of(points: Points) -> Points:
+            return tuple((x, y * times) for x, y in points)
+
+        return msgspec.structs.replace(
+            self,
+            decode=of(self.decode),
+            prefill=of(self.prefill),
+            exchange=of(self.exchange),
+            context_s=self.context_s * times,
+            prefill_context_s=self.prefill_context_s * times,
+            answer_s=self.answer_s * times,
+            served=tuple(
+                msgspec.structs.replace(each, decode=of(each.decode), prefill=of(each.prefill), answer=of(each.answer))
+                for each in self.served
+            ),
         )
 
     def kv_capacity(self, workers: int) -> float:

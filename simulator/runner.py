@@ -60,11 +60,11 @@ class _Run:
             stands_for=load.stands_for,
             on_first=self.records.on_first,
             on_end=self.records.on_end,
+            on_route=self.records.on_route,
         )
         self.scaling = Scaling(
             profile,
             workers=setting.workers,
-            devices=setting.devices,
             standby=scaler.standby,
             rng=np.random.default_rng([setting.seed, 1]),
         )
@@ -118,7 +118,7 @@ class _Run:
                 self._tick(tick_s)
                 tick_s += self.scaler.interval_s
             if stop_s == sample_s:
-                self._sample()
+                self._sample(sample_s)
                 sample_s = math.inf if sample_s >= load.span_s else min(sample_s + interval_s, load.span_s)
             if upcoming is None and cluster.live <= 1e-9 and stop_s >= load.span_s:
                 return self._result(interval_s)
@@ -161,8 +161,7 @@ class _Run:
 
     def _calm(self, now_s: float) -> None:
         """A transition is over; standbys that it took are replaced now."""
-        used = self.scaling.standbys(now_s) < min(self.scaler.standby, self.setting.devices - self.cluster.workers)
-        self.calm_s = now_s + self.setting.profile.standby_s if used else now_s
+        self.calm_s = self.scaling.starting_until_s(now_s)
 
     def _commit(self) -> None:
         event = self.scaling.commit()
@@ -181,8 +180,10 @@ class _Run:
         joining = max(0, running.to_workers - running.from_workers) if running is not None else 0
         self.sizes.note(now_s, ready=ready, devices=ready + joining, standby=self.scaling.standbys(now_s))
 
-    def _sample(self) -> None:
+    def _sample(self, now_s: float) -> None:
         cluster = self.cluster
+        if self.scaling.standbys(now_s) != self.sizes.standby[-1]:
+            self._note_sizes(now_s)
         used = sum(lane.kv_used(cluster.step) * lane.workers for lane in cluster.lanes)
         room = sum(lane.kv_capacity * lane.workers for lane in cluster.lanes)
         self.samples.append((self.wanted, cluster.running, cluster.live - cluster.running, used / room))

@@ -2,6 +2,9 @@
 
 One at a time, as in the controller. Joiners take standbys first (warm), others start cold; all enter at one commit, when the slowest is
 ready and has its expert slabs. How many those are is what controller.planner plans. Leavers serve until the commit.
+
+Standbys are kept as controller.supervision keeps them: beside the workers, whatever devices are free. Those of leavers stay though they are
+more than wanted, and of a surplus the longest idle end first, a minute after they were last of use.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ __all__ = ["Placement", "Scaling", "Transition"]
 # Beyond this the plan's bound from below stands for the plan: it takes longer than the step that it simulates.
 MOST_PLANNED_SLABS = 4096
 MOST_PLANNED_WORKERS = 64
+SURPLUS_S = 60.0  # of controller.supervision_types.SupervisionConfig
 
 
 class Placement:
@@ -88,7 +92,7 @@ class Transition:
 class Scaling:
     """`order` begins a transition, `commit` ends it; the caller asks for `next_s` and changes the cluster."""
 
-    def __init__(self, profile: Profile, *, workers: int, devices: int, standby: int, rng: np.random.Generator) -> None:
+    def __init__(self, profile: Profile, *, workers: int, standby: int, rng: np.random.Generator) -> None:
         self.running: Transition | None = None
         self.ended: Transition | None = None
         self.ended_s = 0.0
@@ -97,21 +101,26 @@ class Scaling:
         self.leaves_s: list[float] = []
         self.stalls_s: list[float] = []
         self._profile = profile
-        self._devices = devices
         self._standbys_wanted = standby
-        self._standbys = min(standby, max(0, devices - workers))
-        self._warming: list[float] = []  # when each new standby is ready
+        self._idle: list[float] = [0.0] * standby  # since when each warm standby waits, the longest first
+        self._warming: list[float] = []  # when each new standby is ready, rising
         self._rng = rng
         self._placement = Placement(profile, workers)
         self._number = 0
 
     def standbys(self, now_s: float) -> int:
         """Warm processes that wait now."""
-        ready = [at_s for at_s in self._warming if at_s <= now_s]
-        if ready:
-            self._warming = [at_s for at_s in self._warming if at_s > now_s]
-            self._standbys += len(ready)
-        return self._standbys
+        while self._warming and self._warming[0] <= now_s:
+            self._idle.append(self._warming.pop(0))
+        if self.running is None:
+            surplus = len(self._idle) + len(self._warming) - self._standbys_wanted
+            ended = [since_s for since_s in self._idle[: max(0, surplus)] if since_s + SURPLUS_S <= now_s]
+            del self._idle[: len(ended)]
+        return len(self._idle)
+
+    def starting_until_s(self, now_s: float) -> float:
+        """When the last process that starts beside the workers is warm; now_s where none does."""
+        return max(now_s, self._warming[-1]) if self._warming else now_s
 
     @property
     def next_s(self) -> float:
@@ -128,7 +137,7 @@ class Scaling:
         if more > 0:
             warm = min(more, self.standbys(now_s))
             cold = more - warm
-            self._standbys -= warm
+            del self._idle[:warm]
             takes_s = max(self._draw(self._profile.join_warm, warm), self._draw(self._profile.join_cold, cold))
         else:
             takes_s = self._draw(self._profile.leave, 1)
@@ -153,10 +162,10 @@ class Scaling:
         self.stalls_s.append(stall_s)
         self.events.append(event)
         self.ended_s = transition.commits_s
-        if not grew:  # those that left stay as standbys, up to the number wanted
-            room = self._standbys_wanted - self._standbys - len(self._warming)
-            self._standbys += max(0, min(room, event.from_workers - event.to_workers))
-        self._replace_standbys(transition.commits_s, event.to_workers)
+        self.standbys(transition.commits_s)
+        if not grew:
+            self._idle += [transition.commits_s] * (event.from_workers - event.to_workers)
+        self._replace_standbys(transition.commits_s)
         return event
 
     def abort(self, now_s: float) -> ScaleEvent:
@@ -166,7 +175,7 @@ class Scaling:
         event = replace(transition.event, ended_s=now_s, state="aborted")
         self.events.append(event)
         self.ended_s = now_s
-        self._replace_standbys(now_s, event.from_workers)
+        self._replace_standbys(now_s)
         return event
 
     def _end(self) -> Transition:
@@ -176,12 +185,9 @@ class Scaling:
         self.ended = transition
         return transition
 
-    def _replace_standbys(self, now_s: float, workers: int) -> None:
-        room = self._devices - workers  # a standby waits at a device that nobody uses
-        wanted = min(self._standbys_wanted, max(0, room))
-        self._standbys = min(self._standbys, wanted)
-        for _ in range(wanted - self._standbys - len(self._warming)):
-            self._warming.append(now_s + self._profile.standby_s)
+    def _replace_standbys(self, now_s: float) -> None:
+        missing = self._standbys_wanted - self.standbys(now_s) - len(self._warming)
+        self._warming += [now_s + self._profile.standby_s] * max(0, missing)
 
     def _draw(self, duration: Duration, count: int) -> float:
         """The longest of `count` draws."""

@@ -23,7 +23,7 @@ from flexpert.loadtest.schedule import Arrival
 from flexpert.simulator.fit import MeasureError, rising
 from flexpert.simulator.profile import Profile, Served, interpolate
 
-__all__ = ["Noise", "Play", "measure_served"]
+__all__ = ["Noise", "Play", "measure_served", "probe", "probe_step_s"]
 
 Play = Callable[[Sequence[Arrival]], Sequence[Outcome]]
 SHORT = 16  # tokens of a prompt that is only there to be followed by others
@@ -50,6 +50,21 @@ class Noise:
         if not self.spreads:
             return "measured once: no spread is known"
         return f"equal measurements lay {statistics.median(self.spreads):.0%} apart (median), {max(self.spreads):.0%} at most"
+
+
+def probe(workers: int, running: int, *, batches: int, step_s: float) -> list[Arrival]:
+    """Batches one after the other, as `measure_served` plays them to time a step; step_s: about so long it takes."""
+    apart_s = 0.2 + 1.5 * BATCH_TOKENS * step_s
+    return [
+        Arrival(number * apart_s, SHORT, BATCH_TOKENS) for number in range(batches) for _ in range(workers * running)
+    ]
+
+
+def probe_step_s(profile: Profile, *, workers: int, running: int) -> float:
+    """What the profile says of a probe's mean step."""
+    served = profile.serves(workers)
+    step_s = interpolate(profile.decode if served is None else served.decode, running)
+    return step_s + profile.context_s * running * (SHORT + BATCH_TOKENS / 2)
 
 
 @dataclass(frozen=True)

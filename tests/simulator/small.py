@@ -58,10 +58,12 @@ def poisson(rate: float, count: int, *, seed: int = 0) -> list[float]:
     return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count)).tolist()
 
 
-def by_the_clock(*sizes: tuple[float, int], interval_s: float = 1.0) -> Scheduled:
-    return Scheduled(
+def by_the_clock(*sizes: tuple[float, int], interval_s: float = 1.0, standby: int = 0) -> Scheduled:
+    found = Scheduled(
         "clock", start_s=START_S, starts_s=[at_s for at_s, _ in sizes], sizes=[size for _, size in sizes], interval_s=interval_s
     )  # fmt: skip
+    found.standby = standby
+    return found
 
 
 def run(

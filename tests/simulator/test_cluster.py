@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from flexpert.simulator.cluster import Cluster
 from flexpert.simulator.profile import Served
-from flexpert.simulator.results import Slo
+from flexpert.simulator.results import ScaleEvent, Slo
+from flexpert.simulator.scaling import Scaling
 from flexpert.simulator.service import Request
 
 from .small import by_the_clock, load, poisson, profile, run
@@ -110,8 +111,35 @@ def test_steps_take_longer_while_processes_start() -> None:
     found = run(load([0.0], 10, 100, span_s=20.0), by_the_clock((0.0, 1), (2.0, 2)), of=slow)
     calm = run(load([0.0], 10, 100, span_s=20.0), by_the_clock((0.0, 1), (2.0, 2)))
 
-    # From the order at 2 s until the commit at 4 s, and 3 s more where a standby was used; no standby is wanted here.
+    # From the order at 2 s until the commit at 4 s; no standby is wanted here.
     assert found.tpot_s.mean * 99 - calm.tpot_s.mean * 99 == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.parametrize("devices", [2, 16])
+def test_a_used_standby_is_replaced_also_where_every_device_serves_and_slows_steps_meanwhile(devices: int) -> None:
+    slow = profile(starting=2.0, standby_s=3.0)
+    found, calm = (
+        run(load([0.0], 10, 100, span_s=20.0), by_the_clock((0.0, 1), (2.0, 2), standby=1), of=of, devices=devices)
+        for of in (slow, profile(standby_s=3.0))
+    )
+
+    # From the order at 2 s until the commit at 4 s, and until the next standby is warm at 7 s.
+    assert found.tpot_s.mean * 99 - calm.tpot_s.mean * 99 == pytest.approx(2.5, abs=0.15)
+
+
+def test_a_leaver_s_process_is_a_standby_for_a_minute_and_spares_the_next_join_a_replacement() -> None:
+    slow = profile(starting=2.0, standby_s=3.0)
+    ups_and_downs = by_the_clock((0.0, 1), (2.0, 2), (10.0, 1), (14.0, 2), standby=1)
+    found = run(load([14.0], 10, 100, span_s=40.0), ups_and_downs, of=slow)
+    calm = run(load([14.0], 10, 100, span_s=40.0), by_the_clock((0.0, 1), (2.0, 2), (10.0, 1), (14.0, 2), standby=1))
+    # Only the transition from 14 s to 16 s.
+    assert found.tpot_s.mean * 99 - calm.tpot_s.mean * 99 == pytest.approx(1.0, abs=0.15)
+
+    scaling = Scaling(slow, workers=2, standby=1, rng=np.random.default_rng(0))
+    event = ScaleEvent(at_s=1.0, ended_s=None, from_workers=2, to_workers=1, reason="", text="", decision_id="")
+    scaling.order(event)
+    scaling.commit()  # at 3 s; the other one waits since 0 s
+    assert [scaling.standbys(at_s) for at_s in (3.0, 59.9, 60.0, 200.0)] == [2, 2, 1, 1]
 
 
 def test_requests_beyond_the_batch_wait_in_order() -> None:

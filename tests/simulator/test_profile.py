@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from flexpert.simulator.fit import MeasureError, Step, fit, spread
-from flexpert.simulator.profile import PROFILES, Duration, ProfileError, interpolate, load_profile, read_profile
+from flexpert.simulator.profile import PROFILES, Duration, ProfileError, Served, interpolate, load_profile, read_profile
 
 from .small import profile
 
@@ -110,3 +110,19 @@ def test_steps_that_lie_apart_are_noise() -> None:
 
     assert spread(calm) == (0.0, 0.0)
     assert spread(calm + busy)[1] > 0.5
+
+
+def test_on_a_slower_machine_steps_and_answers_take_longer_and_changes_of_size_do_not() -> None:
+    served = Served(workers=2, decode=((1.0, 0.1),), prefill=((64.0, 0.2),), overlap=0.5, answer=((0.0, 0.01),))
+    fast = profile(served=(served,), context_s=1e-6, prefill_context_s=1e-8, answer_s=0.02, exchange=((2.0, 0.3),))
+    slow = fast.slower(1.5).check()
+
+    assert interpolate(slow.decode, 1) == pytest.approx(1.5 * interpolate(fast.decode, 1))
+    assert interpolate(slow.prefill, 50) == pytest.approx(1.5 * interpolate(fast.prefill, 50))
+    assert slow.exchange[0][1] == pytest.approx(0.45)
+    assert (slow.context_s, slow.prefill_context_s, slow.answer_s) == pytest.approx((1.5e-6, 1.5e-8, 0.03))
+    assert [points[0][1] for points in (slow.served[0].decode, slow.served[0].prefill, slow.served[0].answer)] == (
+        pytest.approx([0.15, 0.3, 0.015])
+    )
+    assert (slow.served[0].overlap, slow.join_warm, slow.standby_s) == (0.5, fast.join_warm, fast.standby_s)
+    assert fast.slower(1.0) == fast

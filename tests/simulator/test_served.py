@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 import pytest
@@ -10,7 +11,7 @@ from flexpert.loadtest.measure import Outcome
 from flexpert.loadtest.schedule import Arrival
 from flexpert.simulator.fit import MeasureError
 from flexpert.simulator.profile import Served, interpolate
-from flexpert.simulator.served import Noise, measure_served
+from flexpert.simulator.served import Noise, measure_served, probe, probe_step_s
 
 from .small import play_at, profile
 
@@ -62,3 +63,15 @@ def test_noise_is_told() -> None:
     noise.typical([2.0, 2.0])
 
     assert str(noise) == "equal measurements lay 9% apart (median), 18% at most"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_probe_tells_how_fast_the_machine_is_against_its_profile(workers: int) -> None:
+    known = profile(served=(KNOWN,), context_s=1e-7, **LIMITS)
+    said_s = probe_step_s(known, workers=workers, running=4)
+    arrivals = probe(workers, 4, batches=3, step_s=said_s)
+    assert len(arrivals) == 3 * 4 * workers
+
+    for times in (0.8, 1.0, 1.25):
+        seen = play_at(known.slower(times), workers)(arrivals)
+        assert statistics.median(each.tpot_s for each in seen) / said_s == pytest.approx(times, rel=0.03)
