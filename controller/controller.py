@@ -76,7 +76,7 @@ class Controller:
             await asyncio.wait_for(self._changed.wait(), timeout_s)
         self._changed.clear()
         return {
-            "begun": True, "events": [event for event in self._journal.events if event["sequence"] > after], "last": self._journal.last,
+            "begun": True, "events": self._journal.since(after), "last": self._journal.last,
             "progress": dict(self._components.progress), "ready": self._conductor.ready, "port": self._components.port,
             "given_up": self._given_up, "stopped": self._stopped, "pid": os.getpid(),
         }  # fmt: skip
@@ -146,8 +146,7 @@ class Controller:
     async def events(self, after: int = 0) -> dict[str, Any]:
         """What happened after event number `after`, oldest first, and the number of the newest."""
         await self._ensure_running()
-        found = [event for event in self._journal.events if event["sequence"] > after]
-        return {"events": found, "last": self._journal.last}
+        return {"events": self._journal.since(after), "last": self._journal.last}
 
     async def timings(self) -> dict[str, Any]:
         """Numbers for metrics: see controller.timings."""

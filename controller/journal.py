@@ -12,7 +12,10 @@ import json
 import logging
 import os
 import time
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import msgspec
@@ -57,13 +60,28 @@ class Journal:
         self._file = self._open()
         cut_short = runtime.events.stat().st_size and not runtime.events.read_bytes().endswith(b"\n")
         self._unwritten = b"\n" if cut_short else b""  # lines of events, or the rest of one
-        self.events = read_events(runtime)[-MAX_EVENTS_KEPT:]
-        self._sequence = self.events[-1]["sequence"] if self.events else 0
+        kept = read_events(runtime)[-MAX_EVENTS_KEPT:]
+        self._lines = deque((json.dumps(event).encode() for event in kept), maxlen=MAX_EVENTS_KEPT)
+        self._sequence = kept[-1]["sequence"] if kept else 0
 
     @property
     def last(self) -> int:
         """Number of the newest event."""
         return self._sequence
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """Those that are kept, oldest first."""
+        return self.since(0)
+
+    def since(self, number: int) -> list[dict[str, Any]]:
+        """The events after this one, oldest first."""
+        found = list(takewhile(lambda event: event["sequence"] > number, self.backwards()))
+        return found[::-1]
+
+    def backwards(self) -> Iterator[dict[str, Any]]:
+        """The events that are kept, newest first."""
+        return map(json.loads, reversed(self._lines))
 
     def save(self) -> None:
         """Write the facts, where they changed."""
@@ -82,15 +100,14 @@ class Journal:
         """Add an event; returns it."""
         self._sequence += 1
         told = {"sequence": self._sequence, "time_s": round(time.time(), 3), "kind": kind, "text": text, **details}
-        line = json.dumps(told)
-        event: dict[str, Any] = json.loads(line)  # as it is read back
-        self.events.append(event)
-        del self.events[:-MAX_EVENTS_KEPT]
-        self._unwritten += line.encode() + b"\n"
+        line = json.dumps(told).encode()
+        self._lines.append(line)
+        self._unwritten += line + b"\n"
         try:
             self._write()
         except OSError as error:
             self._failed(error)
+        event: dict[str, Any] = json.loads(line)  # as it is read back
         return event
 
     def _write(self) -> None:

@@ -50,6 +50,10 @@ class ActorGone(Exception):
     """The actor's process has ended."""
 
 
+# Heaps of a process: every Ray process has two dozen threads, and what each frees into a heap of its own is lost to the others.
+ARENAS = "2"
+
+
 class RayCluster:
     """The driver's side of Ray. Must be started from the main thread: Ray's processes end with the thread that started them."""
 
@@ -64,6 +68,7 @@ class RayCluster:
             _check_reachable(address)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("MALLOC_ARENA_MAX", ARENAS)
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
         temp_dir = None
         try:

@@ -29,7 +29,7 @@ from flexpert.controller.transition_types import (
     Withdraw,
 )
 
-MAX_REQUESTS = 1000  # ids that are remembered
+MAX_REQUESTS = 256  # ids that are remembered; the journal is written with all of them
 
 
 class Course:

@@ -108,7 +108,7 @@ class Bridge:
     def _times(self, transition_id: str) -> dict[str, float]:
         """When it began and ended, in unix time, as the journal's events say; also of one that an earlier controller saw."""
         times: dict[str, float] = {}
-        for event in reversed(self._journal.events):
+        for event in self._journal.backwards():
             if event.get("transition_id") == transition_id:
                 if event["kind"] == "ended":
                     times.setdefault("ended_s", event["time_s"])
