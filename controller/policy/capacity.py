@@ -23,6 +23,7 @@ PROVED = 2.0  # standard deviations by which a rate that was served well is lowe
 WINDOW_S = 30.0  # of the gateway's rates
 FAST_BURN, SLOW_BURN = 3.0, 2.0  # times the misses that the SLO lets go: in one window, and over BURN_S
 BURN_S = 300.0
+COMPUTING_S = 60.0  # in which the number of workers that compute prompts is evened out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +98,7 @@ def burn(state: State, traffic: TrafficReading, *, interval_s: float) -> float:
 def learn(observation: Observation, view: View, state: State, config: PolicyConfig) -> State:
     traffic = observation.traffic
     state = replace(
-        state, missed_share=burn(state, traffic, interval_s=config.interval_s) if whole_window(observation) else 0.0
+        state, computing=_computing(observation, view, state, config), missed_share=burn(state, traffic, interval_s=config.interval_s) if whole_window(observation) else 0.0
     )
     if observation.transition is not None or not view.fresh or age_fault(traffic.age_s, config.fallback.after_s):
         return replace(state, strained_ticks=0) if state.strained_ticks else state
@@ -114,6 +115,15 @@ def learn(observation: Observation, view: View, state: State, config: PolicyConf
         prefill = _proved(prefill, sure * traffic.prompt_tokens_per_s / view.now)
         decode = _proved(decode, sure * traffic.output_tokens_per_s / view.now)
     return replace(state, strained_ticks=ticks, prefill_capacity=prefill, decode_capacity=decode)
+
+
+def _computing(observation: Observation, view: View, state: State, config: PolicyConfig) -> float | None:
+    """Workers that prompts keep busy, evened out: those that say so, or as many as requests without a first token."""
+    if not view.fresh or age_fault(observation.traffic.age_s, config.fallback.after_s):
+        return state.computing
+    found = max(view.computing, min(float(view.now), float(observation.traffic.waiting)))
+    before = found if state.computing is None else state.computing
+    return round(before + min(config.interval_s / COMPUTING_S, 1.0) * (found - before), 6)
 
 
 def _busy(traffic: TrafficReading, view: View, config: PolicyConfig) -> bool:

@@ -20,6 +20,7 @@ from flexpert.controller.policy.capacity import (
     too_many_missed,
     whole_window,
 )
+from flexpert.controller.policy.staffing import staffed
 from flexpert.controller.policy.types import (
     Observation,
     PolicyConfig,
@@ -35,6 +36,7 @@ KV_TARGET = 0.8  # of a kv_utilization without one
 MOST_GROWTH = 2.0  # of a size, where only a latency says that it is too small
 MOST_CROWD = 4.0  # of a size, where that many requests wait for each that runs
 TRIAL_SHARE = 0.34  # of the workers, the most that go because latencies are low
+RESERVE = 0.5  # of what low latencies ask for, once the misses that the SLO lets go are spent
 UNSPENT = 0.5  # of the misses that the SLO lets go: with more over the last minutes nothing is tried
 TRIAL_PAUSE_S = 3600.0  # the next such trial at the same traffic
 TRIAL_DEMAND = 0.8  # or when the traffic has fallen to this share
@@ -42,6 +44,7 @@ LEAST_GROWTH = 0.49  # workers: rounded up it is one, and in a cluster of one it
 CALM = 0.7  # of the targets: latencies that low contradict a capacity that is too small
 DRAIN_S = 15.0  # in which a backlog of prompts should be gone
 MOST_LOAD = 1e6  # workers; beyond, a signal is out of order, and the bounds hold it anyway
+P95 = 3.0  # means of an exponential time that its 95th percentile is
 FULL = 0.95  # of the KV
 WORK = (("kv_utilization", "worker"), ("prometheus", "worker"))  # loads that do not depend on the workers
 LEAST_REQUESTS = 20  # below that many in a window a 95th percentile is one unlucky request
@@ -77,6 +80,12 @@ class Scene:
     def requests(self) -> float:
         """Of the gateway's window."""
         return self.traffic.requests_per_s * WINDOW_S
+
+    @property
+    def reserve(self) -> float:
+        """The more of the misses that the SLO lets go are spent, the more is kept free."""
+        slo = self.config.slo
+        return 1.0 if slo is None else 1.0 + RESERVE * min(self.state.missed_share / max(1.0 - slo.attainment, 1e-6), 1.0)
 
     @property
     def trial_open(self) -> bool:
@@ -150,7 +159,8 @@ def tokens_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
     traffic = scene.traffic
     rates = f"{traffic.prompt_tokens_per_s:.0f} prompt and {traffic.output_tokens_per_s:.0f} output tokens/s"
     load = scene.token_load
-    if load is None:
+    given = signal.prefill or signal.decode
+    if load is None or not given:
         share = latency_share(scene)
         load = float(scene.now) if share is None else min(_calm(scene, share), float(scene.now))
         return load, rates + "; what a worker takes is not measured yet"
@@ -158,9 +168,7 @@ def tokens_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
     per = " and ".join(
         f"{value:.0f} {name}" for value, name in ((each.prefill, "prompt"), (each.decode, "output")) if value
     )
-    given = signal.prefill or signal.decode
-    share = None if given else latency_share(scene)
-    return load if share is None else _calm(scene, share), f"{rates}; a worker should get {per or 'any number'}"
+    return load, f"{rates}; a worker should get {per or 'any number'}"
 
 
 def prometheus_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
@@ -203,7 +211,7 @@ def slo_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
     )  # answers are long: few have ended, many have begun
     if (late or too_many_missed(traffic, slo.attainment, scene.state.missed_share)) and _counts(scene):
         if not _contended(scene):
-            return float(scene.now), f"{words}; but nobody waits and steps are fast: more workers would not help"
+            return _alone_too_slow(scene, late), f"{words}; but nobody waits and steps are fast: more workers would not help"
         return _strained(scene, max(worst, 1.0)), words
     if not ended and scene.view.waiting:
         return float(scene.now), f"{words}, {scene.view.waiting:.0f} wait"
@@ -211,6 +219,14 @@ def slo_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
     if batches > scene.now:
         words += f", {scene.view.live:.0f} live requests for batches of {scene.view.slots:.0f}"
     return max(_calm(scene, latency_share(scene) or 0.0), batches), words
+
+
+def _alone_too_slow(scene: Scene, late: bool) -> float:
+    """Misses that more workers do not help hold the size only while they are at their worst."""
+    traffic, slo = scene.traffic, scene.config.slo
+    if late or slo is None or too_many_missed(traffic, slo.attainment, 0.0):
+        return float(scene.now)
+    return _calm(scene, latency_share(scene) or 0.0)
 
 
 def _latencies(scene: Scene) -> list[tuple[str, float, float]]:
@@ -283,17 +299,27 @@ def _strained(scene: Scene, ratio: float) -> float:
 
 
 def _calm(scene: Scene, share: float) -> float:
-    """Enough. By tokens where capacity is known; else by the share of the latency's target, some of the workers at a time, tried out."""
-    load = scene.token_load
-    margin = scene.config.consolidation_margin
+    """Enough: the more of what steps and what prompts need. As many workers as requests share nothing. Where no latency is known, some
+    of the workers at a time, tried out."""
+    alone = scene.config.consolidation_margin * min(float(scene.now), scene.view.live)
+    if _latencies(scene):
+        return min(alone, scene.reserve * max(scene.now * share, prompt_workers(scene)))
+    if not scene.trial_open:
+        return alone
     least = scene.now - max(1.0, math.floor(scene.now * TRIAL_SHARE))
-    tried = max(least * margin, scene.now * share)
-    if load is not None and scene.capacity.known:
-        if scene.trial_open:
-            load = min(load, tried)
-        return min(load, float(scene.now)) if share < CALM else load
-    alone = margin * min(float(scene.now), scene.view.live)  # as many workers as requests: nobody shares
-    return min(alone, tried) if scene.trial_open else alone
+    return min(alone, max(least * scene.config.consolidation_margin, scene.now * share))
+
+
+def prompt_workers(scene: Scene) -> float:
+    """So many that a prompt finds a free worker in time, by how many prompts keep busy now and by what ttft leaves for waiting."""
+    busy, traffic, slo = scene.state.computing or 0.0, scene.traffic, scene.config.slo
+    if slo is None or busy <= 0.0:
+        return 0.0
+    times = 0.0  # that a prompt's own time fits into what may be waited
+    if slo.ttft_s is not None and traffic.ttft_s is not None and traffic.requests_per_s > 0.0:
+        own_s = max(busy / traffic.requests_per_s, traffic.ttft_s / P95)
+        times = max(slo.ttft_s * scene.config.consolidation_margin - traffic.ttft_s, 0.0) / max(own_s, 1e-6)
+    return staffed(busy, late=1.0 - slo.attainment, times=times)
 
 
 def work_load(proposals: Sequence[Proposal], scene: Scene) -> float | None:

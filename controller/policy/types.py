@@ -295,6 +295,7 @@ class State:
     front. loads: the same as it was, for the panic window. trend: of it what says how much work there is, while nothing was full.
     joins: how long the last ones took, newest last. sized_workers, sized_load: the size last ordered and the load it was right for.
     smooth: the load as peaks has it, evened out. missed_share: of requests that missed the SLO, over minutes, since the last change.
+    computing: workers that prompts keep busy, evened out.
     demands: tokens/s that come and go, as falling steps. sized_s, sized_demand: when the last size was ordered and the highest demand
     since. trial_*: the last shrink that went below what tokens say, because latencies were low, or the last time when workers had too
     much. *_capacity: tokens/s of one worker, measured when it had more to do.
@@ -325,6 +326,7 @@ class State:
     sized_demand: float = 0.0
     smooth: float | None = None
     missed_share: float = 0.0
+    computing: float | None = None
     demands: tuple[Sample, ...] = ()
     trial_s: float | None = None
     trial_demand: float = 0.0

@@ -26,6 +26,7 @@ class View:
     decode: float = 0.0
     longest: int = 0
     slots: float = 0.0  # of one worker; 0: not known
+    computing: float = 0.0  # workers with a prompt that is not computed yet
 
     @property
     def blind(self) -> bool:
@@ -39,7 +40,7 @@ class View:
 
 def view_of(observation: Observation, *, stale_s: float) -> View:
     """One pass over the workers: this is what takes the time of a decision."""
-    now = fresh = waiting_workers = longest = slots = 0
+    now = fresh = waiting_workers = computing = longest = slots = 0
     used = capacity = running = waiting = waiting_tokens = prefill = decode = worst = 0.0
     oldest: float | None = None
     for worker in observation.workers:
@@ -65,6 +66,8 @@ def view_of(observation: Observation, *, stale_s: float) -> View:
             waiting += worker.waiting
             waiting_workers += 1
         waiting_tokens += worker.waiting_tokens
+        if worker.waiting_tokens or worker.waiting:
+            computing += 1
         if worker.longest_context_tokens > longest:
             longest = worker.longest_context_tokens
     scale = now / fresh if fresh else 0.0
@@ -84,6 +87,7 @@ def view_of(observation: Observation, *, stale_s: float) -> View:
         decode=decode * scale,
         longest=longest,
         slots=slots / fresh if fresh else 0.0,
+        computing=computing * scale,
     )
 
 
