@@ -104,7 +104,7 @@ def compare(trace: str, scale: float, options: argparse.Namespace) -> list[dict[
             peak,
         )
     add("oracle", lambda: oracle(second, setting, peak), peak)
-    return rows
+    return [each | {"oracle_hours_of_peak": rows[-1]["hours_of_peak"]} for each in rows]
 
 
 def sample_row(options: argparse.Namespace) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from flexpert.simulator.runner import Setting, simulate
 from flexpert.simulator.scalers import Fixed, Hpa, Kpa, RayServe, Scaler, Scheduled
 from flexpert.simulator.sizing import begin_with
 
-__all__ = ["BASELINES", "FAMILIES", "Family", "beats", "oracle", "play", "play_on", "static_peak", "tune"]
+__all__ = ["BASELINES", "FAMILIES", "Family", "oracle", "play", "play_on", "static_peak", "tune"]
 
 GOOD = 0.99  # of the static peak's attainment: what still counts as holding the SLO
 SHARES = (0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)  # of a batch, tried as an autoscaler's target
@@ -84,22 +84,19 @@ def static_peak(load: Load, setting: Setting) -> SimulationResult:
     return replace(result, name=f"static-peak-{low}")
 
 
-def beats(result: SimulationResult, other: SimulationResult, *, wanted: float) -> bool:
-    """Cheaper among those that attain `wanted`; below that, attaining more."""
-    if min(result.attainment, other.attainment) >= wanted:
-        return result.device_hours < other.device_hours
-    return result.attainment > other.attainment
-
-
 def tune(load: Load, setting: Setting, family: Family, *, standby: int, wanted: float) -> float:
-    """The best target for this load, as a share of a batch."""
-    best: tuple[float, SimulationResult] | None = None
-    for share in SHARES:
-        result = play(load, family.make(share, setting, standby), setting)
-        if best is None or beats(result, best[1], wanted=wanted):
-            best = share, result
-    assert best is not None
-    return best[0]
+    """The highest target that still attains `wanted` on this load, as a share of a batch; where none does, the lowest.
+
+    Found by halving: a higher target is cheaper and attains less.
+    """
+    low, high = 0, len(SHARES) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if play(load, family.make(SHARES[middle], setting, standby), setting).attainment >= wanted:
+            low = middle
+        else:
+            high = middle - 1
+    return SHARES[low]
 
 
 def oracle(load: Load, setting: Setting, peak: SimulationResult, *, window_s: float = 0.0) -> SimulationResult:

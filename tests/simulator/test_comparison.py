@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from flexpert.controller.policy.types import Observation, TrafficReading, WorkerReading
+from flexpert.simulator import comparison
 from flexpert.simulator.comparison import oracle, static_peak
 from flexpert.simulator.load import LoadError, load_of, open_load
 from flexpert.simulator.results import Slo
@@ -105,3 +108,19 @@ def test_halves_and_scales_of_a_trace_are_parts_of_it() -> None:
 def test_an_empty_schedule_is_no_load() -> None:
     with pytest.raises(LoadError, match="no requests"):
         load_of([])
+
+
+def test_the_target_is_the_highest_that_attains_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets above 0.45 attain less than is wanted; three plays find that."""
+    asked: list[float] = []
+
+    def played(load: object, share: float, setting: object) -> SimpleNamespace:
+        asked.append(share)
+        return SimpleNamespace(attainment=1.0 if share <= 0.45 else 0.5)
+
+    monkeypatch.setattr(comparison, "play", played)
+    family = comparison.Family(name="any", make=lambda share, setting, standby: share)
+
+    assert comparison.tune(None, None, family, standby=0, wanted=0.9) == 0.45
+    assert len(asked) <= 3
+    assert comparison.tune(None, None, family, standby=0, wanted=1.1) == min(comparison.SHARES)
