@@ -98,7 +98,9 @@ def burn(state: State, traffic: TrafficReading, *, interval_s: float) -> float:
 def learn(observation: Observation, view: View, state: State, config: PolicyConfig) -> State:
     traffic = observation.traffic
     state = replace(
-        state, computing=_computing(observation, view, state, config), missed_share=burn(state, traffic, interval_s=config.interval_s) if whole_window(observation) else 0.0
+        state,
+        computing=_computing(observation, view, state, config),
+        missed_share=burn(state, traffic, interval_s=config.interval_s) if whole_window(observation) else 0.0,
     )
     if observation.transition is not None or not view.fresh or age_fault(traffic.age_s, config.fallback.after_s):
         return replace(state, strained_ticks=0) if state.strained_ticks else state

@@ -85,7 +85,9 @@ class Scene:
     def reserve(self) -> float:
         """The more of the misses that the SLO lets go are spent, the more is kept free."""
         slo = self.config.slo
-        return 1.0 if slo is None else 1.0 + RESERVE * min(self.state.missed_share / max(1.0 - slo.attainment, 1e-6), 1.0)
+        return (
+            1.0 if slo is None else 1.0 + RESERVE * min(self.state.missed_share / max(1.0 - slo.attainment, 1e-6), 1.0)
+        )
 
     @property
     def trial_open(self) -> bool:
@@ -211,7 +213,9 @@ def slo_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
     )  # answers are long: few have ended, many have begun
     if (late or too_many_missed(traffic, slo.attainment, scene.state.missed_share)) and _counts(scene):
         if not _contended(scene):
-            return _alone_too_slow(scene, late), f"{words}; but nobody waits and steps are fast: more workers would not help"
+            return _alone_too_slow(
+                scene, late
+            ), f"{words}; but nobody waits and steps are fast: more workers would not help"
         return _strained(scene, max(worst, 1.0)), words
     if not ended and scene.view.waiting:
         return float(scene.now), f"{words}, {scene.view.waiting:.0f} wait"
