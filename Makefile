@@ -16,7 +16,9 @@ VENV_FLAGS ?=
 CONSTRAINTS ?= constraints.txt
 PYTHON ?=
 BIN := $(VENV)/bin
-# Without compiling: of the large packages a fraction is ever imported, and what is imported compiles itself once.
+# Of the large packages a fraction is ever imported: only that is compiled, by importing it once.
+COMPILE = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -W ignore -c "import flexpert.cli.up, flexpert.controller.controller, \
+  flexpert.controller.gateway.app, flexpert.workers.process, transformers.modeling_utils, transformers.masking_utils"
 PIP_INSTALL = $(BIN)/python -m pip install -q --no-input --no-compile --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 UP_FLAGS = $(if $(MODEL),--model "$(MODEL)") $(if $(PORT),--port "$(PORT)") $(if $(DEVICE),--device "$(DEVICE)")
@@ -65,6 +67,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	     echo "make: $$python cannot make $(VENV); on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; }
 	@echo "installing flexpert into $(VENV) (the first time takes some minutes)"
 	@$(PIP_INSTALL) -e .
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
