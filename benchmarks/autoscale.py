@@ -23,7 +23,6 @@ joining or leaving; worker_s_whole: to the end of the calm. lag and "degraded" a
 from __future__ import annotations
 
 import argparse
-import asyncio
 import datetime
 import math
 import tempfile
@@ -39,6 +38,7 @@ import yaml
 from elasticity import free_port
 from local_cluster import ADMIN_KEY, API_KEY, LocalCluster
 
+from flexpert.loadtest import event_loop
 from flexpert.loadtest.conduct import LoadTest, conduct
 from flexpert.loadtest.lengths import Mix, parse_lengths
 from flexpert.loadtest.measure import RunResult
@@ -89,15 +89,6 @@ def cluster(args: argparse.Namespace, *options: str) -> LocalCluster:
     return LocalCluster(*options, *common, port=free_port()).start()
 
 
-def run(test: LoadTest) -> RunResult:
-    """On uvloop where it is installed, as `flexpert loadtest` does."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(conduct(test))
-    return uvloop.run(conduct(test))
-
-
 def mix(args: argparse.Namespace) -> Mix:
     prompts = parse_lengths(args.prompt_tokens, option="--prompt-tokens")
     return Mix(prompts, parse_lengths(args.output_tokens, option="--output-tokens"))
@@ -126,7 +117,7 @@ def capacity(here: LocalCluster, args: argparse.Namespace, workers: int) -> dict
         target=parse_url(here.url, key=API_KEY), words="capacity", duration_s=SETTLE_S + args.capacity, mix=mix(args),
         seed=args.seed + 100 + workers, users=Users(2 * workers * args.max_running, 1, 0.0), warmup_s=SETTLE_S,
     )  # fmt: skip
-    result = run(test)
+    result = event_loop.run(conduct(test))
     ends = [each.end_s for each in result.outcomes if each.end == "ok" and each.end_s is not None]
     answered = sum(SETTLE_S <= end_s < SETTLE_S + args.capacity for end_s in ends)
     if not answered:
@@ -157,13 +148,13 @@ def play(
     shape = parse_shape(text)
     with admin_of(here) as admin:
         workers = len(ask(admin, "/status")["workers"])
-        result = run(
+        result = event_loop.run(conduct(
             LoadTest(
                 target=parse_url(here.url, key=API_KEY), words=text, duration_s=spike.duration_s, admin_key=ADMIN_KEY,
                 seed=args.seed + workers, schedule=lambda: arrivals(shape, seed=args.seed, mix=mix(args)),
                 objectives=tuple(parse_slos([*(f"{name}<{limit}" for name, limit in limits.items()), "attainment>0.99"])),
             )
-        )  # fmt: skip
+        ))  # fmt: skip
         ids = {
             event.fields["transition_id"] for event in result.events if event.kind in ("begun", "committed", "ended")
         }

@@ -40,9 +40,9 @@ from local_cluster import ADMIN_KEY, API_KEY, LocalCluster
 from flexpert.cli.api import AdminApi
 from flexpert.cli.profile_cluster import settle
 from flexpert.controller.policy.parse import parse_policy
+from flexpert.loadtest import event_loop
 from flexpert.loadtest.conduct import LoadTest, conduct
 from flexpert.loadtest.lengths import Mix, parse_lengths
-from flexpert.loadtest.measure import RunResult
 from flexpert.loadtest.schedule import Arrival
 from flexpert.loadtest.shapes import arrivals, duration_s
 from flexpert.loadtest.slo import parse_slos
@@ -72,13 +72,6 @@ class Played:
     shape: str
     workers: int
     policy: bool = False
-
-
-def run(test: LoadTest) -> RunResult:
-    """As `flexpert loadtest` does."""
-    import uvloop
-
-    return uvloop.run(conduct(test))
 
 
 def flexpert(*arguments: str) -> None:
@@ -170,12 +163,12 @@ class Validation:
         said_s = probe_step_s(profile, workers=workers, running=running)
         arrivals = probe(workers, running, batches=PROBE_BATCHES, step_s=said_s)
         self.probes += 1  # other prompts each time: none is known already
-        result = run(
+        result = event_loop.run(conduct(
             LoadTest(
                 target=parse_url(here.url, key=API_KEY), words="probe", duration_s=arrivals[-1].at_s + 1e-3,
                 seed=self.args.seed + 1000 + self.probes, schedule=lambda: iter(arrivals),
             )
-        )  # fmt: skip
+        ))  # fmt: skip
         seen = [outcome.tpot_s for outcome in result.outcomes if outcome.end == "ok" and outcome.tpot_s is not None]
         if 2 * len(seen) < len(arrivals):
             raise RuntimeError(
@@ -207,12 +200,12 @@ class Validation:
         objectives = parse_slos(
             [f"ttft<{self.args.ttft}", f"tpot<{self.args.tpot}", f"attainment>{self.slo.attainment}"]
         )
-        result = run(
+        result = event_loop.run(conduct(
             LoadTest(
                 target=parse_url(here.url, key=API_KEY), words=load.shape, duration_s=seconds, admin_key=ADMIN_KEY, seed=seed,
                 schedule=lambda: iter(schedule), objectives=tuple(objectives),
             )
-        )  # fmt: skip
+        ))  # fmt: skip
         settle(self.api(here), seconds=0.5)
         after = self.last_probe = self.probed(here, served)
         changes = read_changes([event.fields for event in result.events], workers=load.workers)

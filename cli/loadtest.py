@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rich.console import Console
 
 import flexpert
 from flexpert.cli.errors import CommandError
+from flexpert.loadtest import event_loop
 from flexpert.loadtest.conduct import LoadTest, conduct
 from flexpert.loadtest.lengths import LengthsError, Mix, parse_lengths
 from flexpert.loadtest.live import LiveView
@@ -249,18 +250,9 @@ def _conduct(test: LoadTest, options: LoadTestOptions) -> RunResult:
 
     try:
         view.open()
-        return _runner()(run())
+        return event_loop.run(run())
     finally:
         view.close()
-
-
-def _runner() -> Callable[[Coroutine[Any, Any, RunResult]], RunResult]:
-    """uvloop where it is there; it halves what a request costs."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run
-    return uvloop.run
 
 
 def _write(result: RunResult, options: LoadTestOptions) -> None:

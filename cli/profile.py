@@ -6,8 +6,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flexpert.cli.errors import CommandError
+
+if TYPE_CHECKING:
+    from flexpert.simulator.profile import Profile
 
 __all__ = ["check_out", "parse_sizes", "run_profile"]
 
@@ -17,7 +21,6 @@ def run_profile(
     max_context_tokens: int | None, out: Path, repeats: int, say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Raises CommandError. Starts itself again with a worker's environment (threads), as a cluster would start it."""
-    import msgspec
 
     from flexpert.cli.model_source import resolve_model
     from flexpert.simulator.fit import MeasureError
@@ -39,6 +42,12 @@ def run_profile(
         )  # fmt: skip
     except MeasureError as error:
         raise CommandError("model", str(error)) from error
+    write_profile(profile, out)
+
+
+def write_profile(profile: Profile, out: Path) -> None:
+    import msgspec
+
     out.write_bytes(msgspec.json.format(msgspec.json.encode(profile)) + b"\n")
 
 

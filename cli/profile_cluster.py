@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from flexpert.cli.api import AdminApi
 from flexpert.cli.errors import CommandError
-from flexpert.cli.profile import check_out
+from flexpert.cli.profile import check_out, write_profile
+from flexpert.loadtest import event_loop
 from flexpert.loadtest.conduct import LoadTest, conduct
 from flexpert.loadtest.measure import Outcome, RunResult
 from flexpert.loadtest.preflight import Unusable
@@ -67,7 +70,7 @@ def profile_cluster(options: ClusterOptions, *, say: Callable[[str], None]) -> N
                 measure_served(cluster.play, workers=workers, base=base, noise=noise, repeats=options.repeats, seed=workers, say=say)
             )  # fmt: skip
         first = served[0]
-        found = _with(
+        found = replace(
             base, served=tuple(served), decode=first.decode, prefill=first.prefill, answer_s=first.answer[0][1],
             exchange=tuple((float(each.workers), max(0.0, each.decode[1][1] - first.decode[1][1])) for each in served),
         )  # fmt: skip
@@ -78,17 +81,7 @@ def profile_cluster(options: ClusterOptions, *, say: Callable[[str], None]) -> N
         raise CommandError("model", f"the cluster could not be measured: {error}") from error
     say(f"noise: {noise}")
     source = f"measured by flexpert profile on a serving cluster of {', '.join(map(str, options.sizes))} workers; {noise}; {base.source}"
-    _write(_with(found, name=options.name, source=source).check(), options.out)
-
-
-def _with(profile: Profile, **changes: Any) -> Profile:
-    return Profile(**{name: getattr(profile, name) for name in profile.__struct_fields__} | changes)
-
-
-def _write(profile: Profile, out: Path) -> None:
-    import msgspec
-
-    out.write_bytes(msgspec.json.format(msgspec.json.encode(profile)) + b"\n")
+    write_profile(replace(found, name=options.name, source=source).check(), options.out)
 
 
 def _base(options: ClusterOptions, cluster: _Cluster) -> Profile:
@@ -97,7 +90,7 @@ def _base(options: ClusterOptions, cluster: _Cluster) -> Profile:
     cluster.resize(min(options.sizes))
     stats = cluster.status()["workers"][0].get("stats") or {}
     kv_tokens = int(stats.get("kv_capacity_tokens") or base.kv_tokens)
-    return _with(
+    return replace(
         base, max_running=options.max_running, max_batch_tokens=max(options.max_batch_tokens, options.max_running), kv_tokens=kv_tokens
     ).check()  # fmt: skip
 
@@ -123,11 +116,7 @@ class _Cluster:
 
     def _run(self, test: LoadTest, stop: threading.Event | None = None) -> RunResult:
         """As `flexpert loadtest` does, whose share of the cores is in what is found."""
-        try:
-            import uvloop
-        except ImportError:
-            return asyncio.run(self._conduct(test, stop))
-        return uvloop.run(self._conduct(test, stop))
+        return event_loop.run(self._conduct(test, stop))
 
     async def _conduct(self, test: LoadTest, stop: threading.Event | None) -> RunResult:
         ending = asyncio.Event()
@@ -170,9 +159,7 @@ class _Cluster:
         low, high = min(sizes), max(sizes)
         kept = self._standbys()
         self.resize(low)
-        ends_s = time.monotonic() + SURPLUS_S
-        while self._standbys() > kept and time.monotonic() < ends_s:
-            time.sleep(POLL_S)
+        _wait_while(lambda: self._standbys() > kept, limit_s=SURPLUS_S)
         after = max((event["sequence"] for event in self._api.events(after=0)), default=0)
         apart_s = CYCLE_TOKENS * profile.decode[-1][1] / max(1, low * profile.max_running // 2)
         length_s = CYCLES * 2 * STANDBY_TIMEOUT_S
@@ -205,9 +192,14 @@ class _Cluster:
 def settle(api: AdminApi, *, seconds: float = SETTLE_S) -> None:
     """Wait until no process starts: a standby that was used is replaced a moment after the change."""
     time.sleep(seconds)
-    ends_s = time.monotonic() + STANDBY_TIMEOUT_S
-    while time.monotonic() < ends_s and any(
-        process["phase"] not in ("warm", "serving") for process in api.status()["processes"].values()
-    ):
-        time.sleep(POLL_S)
+    _wait_while(
+        lambda: any(process["phase"] not in ("warm", "serving") for process in api.status()["processes"].values()),
+        limit_s=STANDBY_TIMEOUT_S,
+    )
     time.sleep(seconds)
+
+
+def _wait_while(condition: Callable[[], bool], *, limit_s: float) -> None:
+    ends_s = time.monotonic() + limit_s
+    while time.monotonic() < ends_s and condition():
+        time.sleep(POLL_S)

@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from flexpert.loadtest import event_loop
+
 __all__ = ["Behaviour", "Fault", "Reply", "StubServer", "serve"]
 
 Fault = Literal[
@@ -322,13 +324,7 @@ def _main() -> None:
     reply = Reply(ttft_s=options.ttft_ms / 1e3, tpot_s=options.tpot_ms / 1e3, fault=options.fault)
     stub = StubServer(behaviour=lambda number, fields: reply)
     try:
-        import uvloop
-
-        run: Callable[[Any], None] = uvloop.run
-    except ImportError:
-        run = asyncio.run
-    try:
-        run(serve(stub, host=options.host, port=options.port))
+        event_loop.run(serve(stub, host=options.host, port=options.port))
     except KeyboardInterrupt:
         return
 

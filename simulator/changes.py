@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+
 from flexpert.simulator.fit import MeasureError
 from flexpert.simulator.profile import Duration, Profile
 
@@ -62,15 +64,13 @@ def with_changes(profile: Profile, changes: Sequence[Change], seen: Sequence[Ans
     if not joins or not leaves:
         raise MeasureError(f"{len(joins)} joins and {len(leaves)} leaves were seen: one of each is needed")
     warm = [change.calm_s - change.committed_s for change in changes if change.calm_s > change.committed_s]
-    return Profile(
-        **{name: getattr(profile, name) for name in profile.__struct_fields__}
-        | {
-            "join_warm": _duration(joins),
-            "leave": _duration(leaves),
-            "stall": _duration([change.stall_s for change in changes]),
-            "standby_s": round(statistics.median(warm), 3) if warm else profile.standby_s,
-            "starting": round(_starting(changes, seen), 3),
-        }
+    return msgspec.structs.replace(
+        profile,
+        join_warm=_duration(joins),
+        leave=_duration(leaves),
+        stall=_duration([change.stall_s for change in changes]),
+        standby_s=round(statistics.median(warm), 3) if warm else profile.standby_s,
+        starting=round(_starting(changes, seen), 3),
     ).check()
 
 

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from flexpert.simulator.profile import Profile
 
 __all__ = ["MeasureError", "Step", "fit", "rising", "spread"]
@@ -55,14 +57,12 @@ def fit(steps: Sequence[Step], rest: Profile, *, share: float = 0.5) -> Profile:
     bends = sorted((step.seconds - alone[step.tokens]) / (step.tokens * step.before) for step in chunks)
     bend_s = max(0.0, bends[int(share * (len(bends) - 1))]) if bends else 0.0
     decode = {0: empty_s} | {count: seconds - context_s * 24 * count for count, seconds in short.items()}
-    return Profile(
-        **{name: getattr(rest, name) for name in rest.__struct_fields__}
-        | {
-            "decode": rising(decode),
-            "prefill": rising({0: 0.0} | prefill),
-            "context_s": round(context_s, 12),
-            "prefill_context_s": round(bend_s, 15),
-        }
+    return msgspec.structs.replace(
+        rest,
+        decode=rising(decode),
+        prefill=rising({0: 0.0} | prefill),
+        context_s=round(context_s, 12),
+        prefill_context_s=round(bend_s, 15),
     ).check()
 
 

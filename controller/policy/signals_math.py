@@ -41,7 +41,6 @@ UNSPENT = 0.5  # of the misses that the SLO lets go: with more over the last min
 TRIAL_PAUSE_S = 3600.0  # the next such trial at the same traffic
 TRIAL_DEMAND = 0.8  # or when the traffic has fallen to this share
 LEAST_GROWTH = 0.49  # workers: rounded up it is one, and in a cluster of one it is no panic
-CALM = 0.7  # of the targets: latencies that low contradict a capacity that is too small
 DRAIN_S = 15.0  # in which a backlog of prompts should be gone
 MOST_LOAD = 1e6  # workers; beyond, a signal is out of order, and the bounds hold it anyway
 P95 = 3.0  # means of an exponential time that its 95th percentile is
