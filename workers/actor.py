@@ -13,7 +13,6 @@ import gc
 import importlib
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +28,6 @@ log = logging.getLogger(__name__)
 
 STANDBY_NICE = 10
 WORKER_PROCESS = "flexpert.workers.process:WorkerProcess"
-OPTIONAL = "scipy"  # transformers imports it where it is found, for losses of detectors: an eighth of all imports
 MODEL_SHAPE = "flexpert.workers.shape"
 
 # Which errors of a start are of which kind (exit code and advice), by the name of the class: most live in modules that import torch.
@@ -85,17 +83,6 @@ def _no_collections() -> Iterator[None]:
         gc.enable()
 
 
-@contextlib.contextmanager
-def _without(package: str) -> Iterator[None]:
-    """What is imported meanwhile does not find the package, unless it is there already."""
-    hidden = sys.modules.setdefault(package, None) is None  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        if hidden:
-            del sys.modules[package]
-
-
 class WorkerActor:
     """One process that can become a worker. Made an async actor: its methods run on one loop, slow work in threads."""
 
@@ -128,7 +115,7 @@ class WorkerActor:
         if not urgent:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), STANDBY_NICE)
         try:
-            with _no_collections(), _without(OPTIONAL):
+            with _no_collections():
                 module = importlib.import_module(self._module)
             prepare = getattr(module, "prepare", None)
             if prepare is not None:
