@@ -31,8 +31,12 @@ class Contradiction:
 
     def told(self, origin: Callable[[Path], Path] = tuple) -> tuple[Path, str]:
         """Where it is and what it is. origin: what the path of a setting is in the file."""
-        other = show_path(origin(("spec", *self.others[0]))[-2:]) if self.others else ""
-        return origin(("spec", *self.path)), self.what.replace("{other}", other)
+        mine = origin(("spec", *self.path))
+        if not self.others:
+            return mine, self.what
+        other = origin(("spec", *self.others[0]))
+        beside = other[:-2] == mine[: len(other) - 2]
+        return mine, self.what.replace("{other}", show_path(other[-2:] if beside else other[1:]))
 
 
 def show_path(path: Path) -> str:
@@ -98,6 +102,7 @@ def _signals(spec: written.Spec) -> Iterator[Contradiction]:
                 (("signals", named),),
             )
         yield from _signal(spec, index, signal)
+    yield from _overlaps(spec)
     yield from _same_query(spec)
     yield from _nothing_to_follow(spec)
 
@@ -168,22 +173,24 @@ def _schedule(spec: written.Spec, index: int, signal: written.ScheduleSignal) ->
                 "lower min or raise max",
                 ((*at, "max"),),
             )
-    yield from _overlaps(("signals", index), signal)
 
 
-def _overlaps(at: Path, signal: written.ScheduleSignal) -> Iterator[Contradiction]:
-    for number, window in enumerate(signal.windows):
-        for other_number, other in enumerate(signal.windows):
-            if (
-                number != other_number
-                and (window.min or 0) > (other.max or float("inf"))
-                and meet((window.start, window.end), (other.start, other.end), timezone=signal.timezone)
-            ):
+def _overlaps(spec: written.Spec) -> Iterator[Contradiction]:
+    """Of one schedule or of two: what one window asks for at least, another forbids while both are open."""
+    windows = [
+        (("signals", index, "windows", number), window, (window.start, window.end, signal.timezone))
+        for index, signal in enumerate(spec.signals)
+        if signal.type == "schedule"
+        for number, window in enumerate(signal.windows)
+    ]
+    for at, window, times in windows:
+        for other_at, other, other_times in windows:
+            if at != other_at and (window.min or 0) > (other.max or float("inf")) and meet(times, other_times):
                 yield Contradiction(
-                    (*at, "windows", number, "min"),
+                    (*at, "min"),
                     f"{window.min} is above max of {{other}}, which is {other.max}, and the two are open at the same time",
                     "make them agree, or open at different times",
-                    ((*at, "windows", other_number), (*at, "windows", number)),
+                    (other_at, at),
                 )
 
 

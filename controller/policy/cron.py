@@ -9,6 +9,7 @@ from croniter import croniter  # type: ignore[import-untyped]
 
 LOOKED_AT = datetime(2024, 1, 1, tzinfo=UTC)  # a Monday; windows are compared from here on
 LOOKED_AT_STARTS = 60
+SEASONS = (LOOKED_AT, *(datetime(2024, *day, tzinfo=UTC) for day in ((3, 15), (7, 1), (10, 27))))
 
 
 def is_valid(text: str) -> bool:
@@ -28,13 +29,22 @@ def is_open(start: str, end: str, moment: datetime) -> bool:
     return bool(croniter(start, after).get_prev(datetime) > croniter(end, after).get_prev(datetime))
 
 
-def meet(one: tuple[str, str], other: tuple[str, str], *, timezone: str) -> bool:
-    """Are two windows (start, end) open at the same time? Looks at 60 starts of each."""
-    zone = ZoneInfo(timezone)
-    for opens, stays in ((one, other), (other, one)):
-        starts = croniter(opens[0], LOOKED_AT.astimezone(zone))
-        for _ in range(LOOKED_AT_STARTS):
-            moment = starts.get_next(datetime)
-            if is_open(*opens, moment) and is_open(*stays, moment):
-                return True
+def meet(one: tuple[str, str, str], other: tuple[str, str, str]) -> bool:
+    """Are two windows (start, end, time zone) open at the same time? Looks at 60 starts of each; of two time zones at 15 in each of
+    winter, summer and the weeks in which only one of them has changed its clocks."""
+    seasons = (LOOKED_AT,) if one[2] == other[2] else SEASONS
+    return any(
+        _open_at_a_start_of(opens, stays, since, starts=LOOKED_AT_STARTS // len(seasons))
+        for opens, stays in ((one, other), (other, one))
+        for since in seasons
+    )
+
+
+def _open_at_a_start_of(opens: tuple[str, str, str], stays: tuple[str, str, str], since: datetime, *, starts: int) -> bool:
+    zone = ZoneInfo(stays[2])
+    found = croniter(opens[0], since.astimezone(ZoneInfo(opens[2])))
+    for _ in range(starts):
+        moment = found.get_next(datetime)
+        if is_open(*opens[:2], moment) and is_open(*stays[:2], moment.astimezone(zone)):
+            return True
     return False

@@ -160,15 +160,17 @@ def tokens_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
     traffic = scene.traffic
     rates = f"{traffic.prompt_tokens_per_s:.0f} prompt and {traffic.output_tokens_per_s:.0f} output tokens/s"
     load = scene.token_load
-    given = signal.prefill or signal.decode
-    if load is None or not given:
-        share = latency_share(scene)
-        load = float(scene.now) if share is None else min(_calm(scene, share), float(scene.now))
-        return load, rates + "; what a worker takes is not measured yet"
     each = scene.capacity
     per = " and ".join(
         f"{value:.0f} {name}" for value, name in ((each.prefill, "prompt"), (each.decode, "output")) if value
     )
+    if load is None or not (signal.prefill or signal.decode):
+        share = latency_share(scene)
+        enough = float(scene.now) if share is None else min(_calm(scene, share), float(scene.now))
+        measured = "what a worker takes is not measured yet"
+        if load is not None and scene.capacity.known:
+            measured = f"as measured a worker can be given {per}: {load:.2f} workers; latencies decide whether fewer do"
+        return enough, f"{rates}; {measured}"
     return load, f"{rates}; a worker should get {per or 'any number'}"
 
 

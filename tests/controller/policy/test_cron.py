@@ -63,8 +63,25 @@ def test_window_that_starts_in_the_hour_that_is_left_out_opens_all_the_same() ->
 def test_windows_meet_when_both_are_open_at_a_start(
     one: tuple[str, str], other: tuple[str, str], do_they: bool
 ) -> None:
-    assert meet(one, other, timezone="Europe/Berlin") is do_they
-    assert meet(other, one, timezone="Europe/Berlin") is do_they
+    assert meet((*one, "Europe/Berlin"), (*other, "Europe/Berlin")) is do_they
+    assert meet((*other, "Europe/Berlin"), (*one, "Europe/Berlin")) is do_they
+
+
+@pytest.mark.parametrize(
+    ("clock", "do_they"),
+    [
+        (
+            ("0 13 * * *", "0 14 * * *"),
+            True,
+        ),  # 8 in New York is 14 in Berlin, but for some weeks in spring and autumn 13
+        (("0 12 * * *", "0 13 * * *"), False),
+        (("30 14 * * *", "0 15 * * *"), True),
+    ],
+)
+def test_windows_of_two_time_zones_meet_in_any_season(clock: tuple[str, str], do_they: bool) -> None:
+    there = ("0 8 * * *", "0 9 * * *", "America/New_York")
+    assert meet(there, (*clock, "Europe/Berlin")) is do_they
+    assert meet((*clock, "Europe/Berlin"), there) is do_they
 
 
 def test_what_is_a_time_of_cron() -> None:

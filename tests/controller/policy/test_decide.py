@@ -171,6 +171,15 @@ def test_prefill_and_decode_tokens_are_counted_apart(prompt, output, wanted):
     assert first(seen(1000.0, 2, traffic=traffic), policy(TOKENS)).wanted == wanted
 
 
+def test_a_measured_capacity_is_told_where_the_policy_gives_none():
+    traffic = TrafficReading(age_s=1.0, prompt_tokens_per_s=3000.0, output_tokens_per_s=100.0)
+    config = policy(SignalConfig(type="tokens_per_second", name="tokens_per_second"))
+    known = first(seen(1000.0, 2, traffic=traffic), config, State(prefill_capacity=2000.0, decode_capacity=200.0))
+    unknown = first(seen(1000.0, 2, traffic=traffic), config)
+    assert "as measured a worker can be given 1500 prompt and 150 output: 2.00 workers" in known.proposals[0].why
+    assert unknown.proposals[0].why.endswith("what a worker takes is not measured yet")
+
+
 def test_a_bimodal_mix_grows_by_its_tokens_where_its_requests_look_few():
     """Half of 100 and half of 30,000 prompt tokens: two requests a second are 30,100 tokens/s."""
     traffic = TrafficReading(age_s=1.0, requests_per_s=2.0, prompt_tokens_per_s=30_100.0)

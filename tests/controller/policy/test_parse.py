@@ -330,6 +330,26 @@ def test_windows_that_contradict_are_told(lines: list[str], said: str) -> None:
     assert errors_of_spec(windows(*lines)) == [said]
 
 
+def two_schedules(floor: str, ceiling: str) -> str:
+    return WORKERS + "".join(
+        ["signals:\n  - {type: kv_utilization}\n"]
+        + [
+            f"  - type: schedule\n    name: {name}\n    timezone: {zone}\n    windows:\n      - {{{line}}}\n"
+            for name, zone, line in (("floor", "Europe/Berlin", floor), ("ceiling", "UTC", ceiling))
+        ]
+    )
+
+
+def test_schedules_that_contradict_each_other_are_told() -> None:
+    """8 to 18 in Berlin is 7 to 17 or 6 to 16 in UTC."""
+    day = "start: 0 8 * * *, end: 0 18 * * *, min: 4"
+    assert errors_of_spec(two_schedules(day, "start: 30 16 * * *, end: 0 6 * * *, max: 2")) == [
+        "line 12: spec.signals[1].windows[0].min: 4 is above max of signals[2].windows[0], which is 2, "
+        "and the two are open at the same time; make them agree, or open at different times"
+    ]
+    parse_policy(HEAD + textwrap.indent(two_schedules(day, "start: 0 17 * * *, end: 0 6 * * *, max: 2"), "  "))
+
+
 def test_windows_at_different_times_do_not_contradict() -> None:
     day, night = "start: 0 8 * * *, end: 0 18 * * *, min: 4", "start: 0 18 * * *, end: 0 8 * * *, max: 2"
     parse_policy(HEAD + textwrap.indent(windows(day, night), "  "))
