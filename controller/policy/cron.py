@@ -40,7 +40,9 @@ def meet(one: tuple[str, str, str], other: tuple[str, str, str]) -> bool:
     )
 
 
-def _open_at_a_start_of(opens: tuple[str, str, str], stays: tuple[str, str, str], since: datetime, *, starts: int) -> bool:
+def _open_at_a_start_of(
+    opens: tuple[str, str, str], stays: tuple[str, str, str], since: datetime, *, starts: int
+) -> bool:
     zone = ZoneInfo(stays[2])
     found = croniter(opens[0], since.astimezone(ZoneInfo(opens[2])))
     for _ in range(starts):
