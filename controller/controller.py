@@ -28,6 +28,7 @@ from flexpert.controller.processes import ProcessId
 from flexpert.controller.runs import first_state, forget_other_run, make_conductor, needed_devices, transition_config
 from flexpert.controller.runtime_dir import write_json
 from flexpert.controller.spec import ClusterSpec
+from flexpert.controller.timers import Timers
 from flexpert.controller.transition import Transitions
 from flexpert.workers.process_log import open_process_log
 
@@ -56,6 +57,7 @@ class Controller:
         self._running: asyncio.Task[None] | None = None
         self._begun = asyncio.Event()
         self._queue: asyncio.Queue[s.Event | t.Event | ShapeKnown | ShapeFailed] = asyncio.Queue()
+        self._timers = Timers[s.Event | t.Event](self._queue.put_nowait)
         self._changed = asyncio.Event()
         self._components: Components
         self._policy: PolicyPart
@@ -304,7 +306,7 @@ class Controller:
                 components.start_gateway(generation)
             case s.Pause(component, delay_s):
                 self._tell("pause", f"{component}: next try in {delay_s:g} s", component=component)
-                self._later(delay_s, s.PauseOver(component))
+                self._timers.set(component, s.PauseOver(component), after_s=delay_s)
             case s.DrainGateway():
                 self._tell("drain", "draining: new requests are refused, running ones finish")
                 components.drain_gateway()
@@ -337,7 +339,7 @@ class Controller:
                 self._components.set_workers(action)
             case t.Deadline(deadline_id, after_s):
                 self._desk.deadline(deadline_id, time.monotonic() + after_s)
-                self._later(after_s, t.Expired(deadline_id))
+                self._timers.set(deadline_id.partition("/")[0], t.Expired(deadline_id), after_s=after_s)
             case t.Answer():
                 self._desk.answered(action)
                 if action.code and action.request_id == f"boot-{self._journal.facts.run}":
@@ -346,9 +348,6 @@ class Controller:
                 self._note(kind, text, dict(details))
             case t.Finished():
                 self._finished(action)
-
-    def _later(self, delay_s: float, event: s.Event | t.Event) -> None:
-        asyncio.get_running_loop().call_later(delay_s, self._queue.put_nowait, event)
 
     def _note(self, kind: str, text: str, details: dict[str, Any]) -> None:
         if "transition" in details:
@@ -361,6 +360,7 @@ class Controller:
             self._desk.began(details["transition_id"], now_s=time.monotonic())
 
     def _finished(self, action: t.Finished) -> None:
+        self._timers.drop(action.transition_id)
         self._components.need_devices(needed_devices(self._spec, self._conductor))
         transitions = self._conductor.transitions
         if transitions is None or transitions.current is not None or transitions.state.boot_workers:
