@@ -26,8 +26,8 @@ _READS_A_TURN = 16
 
 
 class Load:
-    """A running load. `on_progress` is called with new numbers, `on_end` once, with None or the reason of the
-    failure.
+    """A running load. `on_progress` is called with it at new numbers, `on_end` once, with it and None or the reason of the
+    failure. Whoever knows it may forget it then, and nothing of it stays: it is part of no cycle of references.
     """
 
     def __init__(
@@ -38,10 +38,11 @@ class Load:
         copies: bytes,
         helpers: Helpers,
         *,
-        on_progress: Callable[[], None],
-        on_end: Callable[[str | None], None],
+        on_progress: Callable[[Load], None],
+        on_end: Callable[[Load, str | None], None],
     ) -> None:
         """Gives the load to a helper; raises OSError where no process can be started."""
+        self.load_id = record.load_id
         self.done_bytes = self.total_bytes = 0
         self.waiters: list[tuple[int, LoadSegments]] = []  # (client id, its question)
         self._loop, self._on_progress, self._on_end = loop, on_progress, on_end
@@ -78,9 +79,9 @@ class Load:
         os.close(self._pidfd)
         code = self.process.wait()
         if self._finished and code == 0:
-            self._on_end(None)
+            self._on_end(self, None)
         else:
-            self._on_end(self._reason or self._how_it_died(code))
+            self._on_end(self, self._reason or self._how_it_died(code))
 
     def _read(self, times: int) -> bool:
         """False at the end of the stream, or of trust in it."""
@@ -106,7 +107,7 @@ class Load:
         match message:
             case Progress():
                 self.done_bytes, self.total_bytes = message.done_bytes, message.total_bytes
-                self._on_progress()
+                self._on_progress(self)
             case Done():
                 self._finished = True
             case ErrorReply():

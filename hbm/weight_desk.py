@@ -98,8 +98,8 @@ class WeightDesk:
                 record,
                 bytes(message.copies),
                 self._helpers,
-                on_progress=lambda: self._progressed(load),
-                on_end=lambda reason: self._ended(record.load_id, load, reason),
+                on_progress=self._progressed,
+                on_end=self._ended,
             )
         except OSError as error:
             reason = f"the loader helper could not be started: {error}"
@@ -122,7 +122,8 @@ class WeightDesk:
             if self._peers.is_keeping_up(client_id):
                 self._peers.send(client_id, m.Progress(message.request, load.done_bytes, load.total_bytes))
 
-    def _ended(self, load_id: int, load: Load, reason: str | None) -> None:
+    def _ended(self, load: Load, reason: str | None) -> None:
+        load_id = load.load_id
         del self._loads[load_id]
         self._loop.call_later(SPARE_DELAY_S, self._prepare)
         weights = self._books.weights
