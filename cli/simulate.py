@@ -184,7 +184,7 @@ def _baseline_runs(
 def _tuned(family: Family, load: Load, before: Load | None, setting: Setting, *, standby: int) -> SimulationResult:
     share = UNTUNED
     if before is not None:
-        share = tune(before, setting, family, standby=standby, wanted=GOOD * setting.slo.attainment)
+        share = tune(before, setting, family, standby=standby, wanted=GOOD * setting.slo.attainment).share
     return play(load, family.make(share, setting, standby), setting)
 
 

@@ -16,11 +16,16 @@ from flexpert.simulator.runner import Setting, simulate
 from flexpert.simulator.scalers import Fixed, Hpa, Kpa, RayServe, Scaler, Scheduled
 from flexpert.simulator.sizing import begin_with
 
-__all__ = ["BASELINES", "FAMILIES", "Family", "oracle", "play", "play_on", "static_peak", "tune"]
+__all__ = ["BASELINES", "FAMILIES", "Family", "Tuned", "oracle", "play", "play_on", "static_peak", "tune"]
 
 GOOD = 0.99  # of the static peak's attainment: what still counts as holding the SLO
 SHARES = (0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)  # of a batch, tried as an autoscaler's target
 UNTUNED = 0.7
+AROUND = (
+    1,
+    2,
+    4,
+)  # windows on each side of a harmed one that get their workers back, at the first, second and third time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +57,23 @@ def play(load: Load, scaler: Scaler, setting: Setting) -> SimulationResult:
     return simulate(load, scaler, replace(setting, workers=_begin(load, setting)))
 
 
-def play_on(before: Load, load: Load, scaler: Scaler, setting: Setting) -> SimulationResult:
-    """`play` of the load by somebody who has just seen `before`: with what was learned from it and the size that it ended with."""
-    past = play(before, scaler, setting)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """What a family's target should be, as a share of a batch; and who played the tuning load with it, and how, where somebody did."""
+
+    share: float
+    scaler: Scaler
+    past: SimulationResult | None
+
+
+def play_on(
+    before: Load, load: Load, scaler: Scaler, setting: Setting, *, past: SimulationResult | None = None
+) -> SimulationResult:
+    """`play` of the load by somebody who has just seen `before`: with what was learned from it and the size that it ended with.
+
+    past: what came of it, where this scaler has played `before` already.
+    """
+    past = past or play(before, scaler, setting)
     workers = past.scale_events[-1].to_workers if past.scale_events else _begin(before, setting)
     return simulate(load, scaler, replace(setting, workers=workers, start_s=setting.start_s + before.span_s))
 
@@ -84,26 +103,30 @@ def static_peak(load: Load, setting: Setting) -> SimulationResult:
     return replace(result, name=f"static-peak-{low}")
 
 
-def tune(load: Load, setting: Setting, family: Family, *, standby: int, wanted: float) -> float:
-    """The highest target that still attains `wanted` on this load, as a share of a batch; where none does, the lowest.
+def tune(load: Load, setting: Setting, family: Family, *, standby: int, wanted: float) -> Tuned:
+    """The highest target that still attains `wanted` on this load; where none does, the lowest.
 
     Found by halving: a higher target is cheaper and attains less.
     """
     low, high = 0, len(SHARES) - 1
+    best = Tuned(share=SHARES[0], scaler=family.make(SHARES[0], setting, standby), past=None)
     while low < high:
         middle = (low + high + 1) // 2
-        if play(load, family.make(SHARES[middle], setting, standby), setting).attainment >= wanted:
-            low = middle
+        scaler = family.make(SHARES[middle], setting, standby)
+        past = play(load, scaler, setting)
+        if past.attainment >= wanted:
+            low, best = middle, Tuned(share=SHARES[middle], scaler=scaler, past=past)
         else:
             high = middle - 1
-    return SHARES[low]
+    return best
 
 
 def oracle(load: Load, setting: Setting, peak: SimulationResult, *, window_s: float = 0.0) -> SimulationResult:
     """The fewest workers in each window with which the requests that arrive in it attain what they do at the static peak, or the SLO.
 
-    Found by taking workers away where that does no harm, from the peak on, in smaller and smaller steps; joins are ordered ahead by as long
-    as 95% of them take. A bound in practice, not in theory: a search that sees the future can end a worker above the best.
+    Found by halving, in all windows at once: workers are taken away from each, and given back around those that this harms. Joins are
+    ordered ahead by as long as 95% of them take. A bound in practice, not in theory: a search that sees the future can end a worker above
+    the best.
     """
     profile = setting.profile
     ahead_s = profile.join_cold.p95_s + profile.experts * profile.layers * profile.slab_bytes / profile.move_bytes_per_s
@@ -122,29 +145,31 @@ def oracle(load: Load, setting: Setting, peak: SimulationResult, *, window_s: fl
     sizes = [size] * max(1, count)
     good = played(sizes)
     least = [min(setting.slo.attainment, share) for share in _shares(good)]
-    step = max(1, size // 2)
-    settled: set[int] = set()
-    for _ in range(40):
-        trial = [max(1, each - step) if window not in settled else each for window, each in enumerate(sizes)]
-        if trial != sizes:
-            result = played(trial)
-            harmed = {window for window, share in enumerate(_shares(result)) if share < least[window]}
-            # What a window misses may come from the one before it, whose requests are still there.
-            harmed |= {window - 1 for window in harmed if window}
-            if not harmed and result.attainment >= GOOD * good.attainment:
-                sizes, good = trial, result
-                continue
-            repaired = [sizes[window] if window in harmed else each for window, each in enumerate(trial)]
-            result = played(repaired)
-            still = [window for window, share in enumerate(_shares(result)) if share < least[window]]
-            if not still and result.device_hours < good.device_hours:
-                sizes, good = repaired, result
-            settled |= harmed | set(still)
-        if len(settled) == len(sizes) or trial == sizes:
-            if step == 1:
-                break
-            step, settled = step // 2, set()
+    enough = GOOD * good.attainment
+    step = 1 << max(0, size - 1).bit_length()
+    while step > 1:
+        step //= 2
+        trial = [max(1, each - step) for each in sizes]
+        result = played(trial)
+        for around in AROUND:
+            harmed = [window for window, share in enumerate(_shares(result)) if share < least[window]]
+            repaired = _given_back(trial, sizes, harmed, around)
+            if repaired != trial:
+                trial, result = repaired, played(repaired)
+        # A window that still attains less than it did, with all its own around it, does so by chance: steps fall otherwise in every play.
+        if result.attainment >= enough:
+            sizes, good = trial, result
     return good
+
+
+def _given_back(trial: Sequence[int], sizes: Sequence[int], harmed: Sequence[int], around: int) -> list[int]:
+    """trial with the sizes of before in the harmed windows and in so many around each: what a window misses may come from those before it,
+    whose requests still wait, or after it, where its own still run."""
+    repaired = list(trial)
+    for window in harmed:
+        near = slice(max(0, window - around), window + around + 1)
+        repaired[near] = sizes[near]
+    return repaired
 
 
 def _shares(result: SimulationResult) -> list[float]:

@@ -66,11 +66,12 @@ def open_load(
     *,
     format_name: str = "",
     half: Half = "",
+    part: tuple[float, float] | None = None,
     scale: float = 1.0,
     stands_for: int = 1,
     seed: int = 0,
 ) -> Load:
-    """The trace, `scale` times as dense. half: of its time, the second one begins at 0 again.
+    """The trace, `scale` times as dense. half: of its time, the second one begins at 0 again; part: instead, from when to when (s).
 
     Raises LoadError, and traces.TraceError for what cannot be read.
     """
@@ -79,8 +80,9 @@ def open_load(
     trace = open_trace(source, format_name=format_name, rate=scale / stands_for, seed=seed)
     if half:
         middle_s = trace.recorded_s / 2
-        start_s, end_s = (0.0, middle_s) if half == "first" else (middle_s, trace.recorded_s)
+        part = (0.0, middle_s) if half == "first" else (middle_s, trace.recorded_s)
+    if part is not None:
         trace = open_trace(
-            source, format_name=format_name, rate=scale / stands_for, seed=seed, start_s=start_s, end_s=end_s
+            source, format_name=format_name, rate=scale / stands_for, seed=seed, start_s=part[0], end_s=part[1]
         )
     return load_of_trace(trace, stands_for=stands_for)

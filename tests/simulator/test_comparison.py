@@ -121,6 +121,10 @@ def test_the_target_is_the_highest_that_attains_enough(monkeypatch: pytest.Monke
     monkeypatch.setattr(comparison, "play", played)
     family = comparison.Family(name="any", make=lambda share, setting, standby: share)
 
-    assert comparison.tune(None, None, family, standby=0, wanted=0.9) == 0.45
+    found = comparison.tune(None, None, family, standby=0, wanted=0.9)
+    assert (found.share, found.scaler) == (0.45, 0.45)
+    assert found.past is not None
+    assert found.past.attainment == 1.0
     assert len(asked) <= 3
-    assert comparison.tune(None, None, family, standby=0, wanted=1.1) == min(comparison.SHARES)
+    none = comparison.tune(None, None, family, standby=0, wanted=1.1)
+    assert (none.share, none.past) == (min(comparison.SHARES), None)
