@@ -30,6 +30,7 @@ from flexpert.controller.runtime_dir import write_json
 from flexpert.controller.spec import ClusterSpec
 from flexpert.controller.timers import Timers
 from flexpert.controller.transition import Transitions
+from flexpert.workers.heap import give_back_free_memory
 from flexpert.workers.process_log import open_process_log
 
 log = logging.getLogger(__name__)
@@ -362,10 +363,10 @@ class Controller:
     def _finished(self, action: t.Finished) -> None:
         self._timers.drop(action.transition_id)
         self._components.need_devices(needed_devices(self._spec, self._conductor))
+        give_back_free_memory()
         transitions = self._conductor.transitions
-        if transitions is None or transitions.current is not None or transitions.state.boot_workers:
-            return
-        if action.state == "failed":  # the boot, and it is not tried again
+        unborn = transitions is not None and transitions.current is None and not transitions.state.boot_workers
+        if unborn and action.state == "failed":  # the boot, and it is not tried again
             kinds = self._components.members.failure_kinds.values()
             self._give_up("boot", next(reversed(list(kinds)), "internal"), action.reason)
 

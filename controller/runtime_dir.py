@@ -182,11 +182,11 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace the file in one step, readable for the user alone."""
-    new = path.with_name(path.name + ".new")
+    new = f"{path}.new"  # no Path: its name would be interned anew at each write, which makes the interpreter's table of names grow
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
-    new.replace(path)
+    os.replace(new, path)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
