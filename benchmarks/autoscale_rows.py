@@ -9,6 +9,7 @@ from typing import Any
 
 import saved_run
 
+from flexpert.loadtest.aligned import Change
 from flexpert.loadtest.measure import Outcome, RunResult
 from flexpert.loadtest.slo import met
 
@@ -18,18 +19,6 @@ FIGURES = (
     "variant", "requests", "failed", "attainment", "attainment_in_spike", "recover_s", "windows_missed", "ttft_p95_s", "tpot_p95_s",
     "worker_s", "held_s", "worker_s_whole", "scale_events", "peak_workers", "workers_at_end", "lag_p99_ms", "generator",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Change:
-    """One transition: sizes, and when it began, was committed and ended, in seconds since the load began; inf where it was not yet."""
-
-    before: int
-    after: int
-    began_s: float
-    committed_s: float
-    ended_s: float
-    state: str
 
 
 @dataclass(frozen=True)
@@ -46,38 +35,28 @@ class Spike:
         return self.at_s + self.length_s
 
 
-def changes(result: RunResult, progress: dict[str, dict[str, Any]]) -> list[Change]:
-    """progress: the transitions of the run, as the admin API tells of them, by id. The order is that of their begin."""
-    times: dict[str, dict[str, float]] = {}
-    for event in result.events:
-        if event.kind in ("begun", "committed", "ended"):
-            times.setdefault(event.fields["transition_id"], {})[event.kind] = event.at_s
-    found = [
-        Change(
-            before=len(progress[name]["from_workers"]),
-            after=len(progress[name]["to_workers"]),
-            began_s=seen.get("begun", 0.0),
-            committed_s=seen.get("committed", math.inf),
-            ended_s=seen.get("ended", math.inf),
-            state=progress[name]["state"],
+def more(change: Change) -> int:
+    """Workers that it adds. Raises ValueError where the server's events do not tell its sizes."""
+    if change.before is None or change.after is None:
+        raise ValueError(
+            f"the change of size at {change.at_s:.1f} s is told only in part ({change}): expected begun, with both sizes"
         )
-        for name, seen in times.items()
-    ]
-    return sorted(found, key=lambda change: change.began_s)
+    return change.after - change.before
 
 
 def worker_seconds(workers: int, found: Sequence[Change], until_s: float) -> tuple[float, float]:
     """(seconds of workers that serve, of workers held: those that join or leave as well) from 0 to until_s."""
     serving = held = workers * until_s
     for change in found:
-        more = change.after - change.before
-        serving += more * max(0.0, until_s - change.committed_s)
+        added = more(change)
+        committed_s = math.inf if change.committed_s is None else change.committed_s
+        ended_s = math.inf if change.ended_s is None else change.ended_s
+        serving += added * max(0.0, until_s - committed_s)
         # What joins is held from the begin on, what leaves until the end; an aborted join is given back at its end.
-        from_s = change.began_s if more > 0 else change.ended_s
-        done = change.state in ("done", "running")
-        to_s = until_s if done else min(change.ended_s, until_s)
-        if more > 0 or done:
-            held += more * max(0.0, to_s - from_s)
+        if added > 0:
+            held += added * max(0.0, (min(ended_s, until_s) if change.aborted else until_s) - change.at_s)
+        elif not change.aborted:
+            held += added * max(0.0, until_s - ended_s)
     return serving, held
 
 
@@ -114,7 +93,7 @@ def row(variant: str, result: RunResult, *, workers: int, found: Sequence[Change
     seen = windows(result.outcomes, from_s=spike.at_s, to_s=spike.duration_s)
     recover_s, missed = recovery(seen, limits["ttft"], spike.at_s)
     serving_s, held_s = worker_seconds(workers, found, spike.compared_s)
-    done = [change for change in found if change.state == "done" and change.before != change.after]
+    done = [change for change in found if change.ended_s is not None and not change.aborted and more(change)]
     lag_s = result.lag.quantiles_s.p99 or 0.0
     return {
         "variant": variant,
@@ -131,14 +110,15 @@ def row(variant: str, result: RunResult, *, workers: int, found: Sequence[Change
         "held_s": round(held_s, 1),
         "worker_s_whole": round(worker_seconds(workers, found, spike.duration_s)[0], 1),
         "scale_events": len(done),
-        "peak_workers": max([workers, *(change.after for change in done)]),
+        "peak_workers": max([workers, *(change.after or 0 for change in done)]),
         "workers_at_end": done[-1].after if done else workers,
         "lag_p99_ms": round(1e3 * lag_s, 2),
         "generator": "degraded" if result.lag.degraded else "kept up",
         "errors": whole.errors,
         "changes": [
-            {"at_s": round(change.began_s, 1), "from": change.before, "to": change.after, "state": change.state,
-             "seconds": round(change.ended_s - change.began_s, 2) if math.isfinite(change.ended_s) else None}
+            {"at_s": round(change.at_s, 1), "from": change.before, "to": change.after,
+             "state": "aborted" if change.aborted else "running" if change.ended_s is None else "done",
+             "seconds": None if change.ended_s is None else round(change.ended_s - change.at_s, 2)}
             for change in found
         ],
         "windows": [[round(at_s, 1), round(p95_s, 3) if math.isfinite(p95_s) else None] for at_s, p95_s in seen],
@@ -149,36 +129,29 @@ def _attained(outcomes: Sequence[Outcome], limits: dict[str, float]) -> float | 
     return round(sum(met(each, limits) for each in outcomes) / len(outcomes), 4) if outcomes else None
 
 
-def goals(rows: Sequence[dict[str, Any]], *, duration_s: float) -> list[dict[str, Any]]:
-    """No failed request under the default policy; what it is compared with has no bound. duration_s: of the policies' whole run."""
-    by_name = {each["variant"]: each for each in rows}
-    ours = by_name["default policy"]
-    found = [saved_run.goal("failed requests, default policy", ours["failed"], "<= 0")]
-    for name, other in by_name.items():
-        found += [
-            _shown(f"attainment in the spike, {name}", other["attainment_in_spike"]),
-            _shown(f"attainment, {name}", other["attainment"]),
-            _shown(f"time to recover, {name}, s", other["recover_s"]),
-            _shown(f"worker-seconds, {name}", other["worker_s"]),
-        ]
-        if other is not ours:
-            found.append(
-                _shown(f"worker-seconds, default policy's over {name}'s", _ratio(ours["worker_s"], other["worker_s"]))
-            )
+def goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """No failed request under the default policy; what it is compared with has no bound."""
+    ours = next(row for row in rows if row["variant"] == "default policy")
+    return [saved_run.goal("failed requests, default policy", ours["failed"], "<= 0")]
+
+
+def compared(rows: Sequence[dict[str, Any]], *, duration_s: float) -> list[dict[str, Any]]:
+    """What a figure of the default policy is over that of the others. duration_s: of the default policy's whole run."""
+    ours = next(row for row in rows if row["variant"] == "default policy")
+    found = [
+        {
+            "default_policy_over": row["variant"],
+            "worker_s": _ratio(ours["worker_s"], row["worker_s"]),
+            "held_s": _ratio(ours["held_s"], row["held_s"]),
+            "attainment": _ratio(ours["attainment"], row["attainment"]),
+        }
+        for row in rows
+        if row is not ours
+    ]
     most = max(row["peak_workers"] for row in rows)
-    found.append(
-        _shown(
-            "worker-seconds to the end of the calm, default policy's over the most",
-            _ratio(ours["worker_s_whole"], most * duration_s),
-        )
-    )
-    return found
+    whole = _ratio(ours["worker_s_whole"], most * duration_s)
+    return [*found, {"default_policy_over": f"{most} workers to the end of the calm", "worker_s": whole}]
 
 
-def _ratio(value: float, other: float) -> float | None:
-    return value / other if other else None
-
-
-def _shown(name: str, value: float | None) -> dict[str, Any]:
-    """A figure that is told and asked for nothing."""
-    return {"name": name, "value": None if value is None else round(value, 4), "bound": None, "met": None}
+def _ratio(value: float | None, other: float | None) -> float | None:
+    return round(value / other, 4) if value is not None and other else None
