@@ -1,20 +1,22 @@
 """Hundreds of up and down cycles: what the long-lived processes hold may not grow.
 
-    python benchmarks/cycles.py                   # 430 cycles of 1 -> 2 -> 1 workers under a light load, of which 300 count
+    python benchmarks/cycles.py                   # a warm-up, then 300 cycles of 1 -> 2 -> 1 workers, under a light load
     python benchmarks/cycles.py --cycles 60       # the short form
 
 Read are `up`, controller, node agent, gateway, HBM managers, the worker that stays and the process that joins and leaves: all that live
 through every cycle. What is read: the process's own anonymous memory (granules are the budget's, pages of files are shared), descriptors,
 mappings and threads, all from /proc.
 
-A reading is taken 30 times in a run, when all is calm: the load is held, the worker has answered the same requests as before every
-other reading, enough of them to fill its KV memory anew (so a cache holds as much each time), each manager's next loader helper waits, and
-nothing that can be counted has changed between two looks. Memory is no condition of calm, so growth is never waited away.
+A reading is taken every tenth cycle (of a shorter run 30 times), when all is calm: the load is held, the worker has answered the same
+requests as before every other reading, enough of them to fill its KV memory anew (so a cache holds as much each time), the cycle has gone
+up and down since (so KV is tidied, and lies in as many pieces each time as that leaves), each manager's next loader helper waits, and
+nothing that can be counted has changed between two looks. Memory is no condition of calm, so growth is never waited away. All readings are
+in the saved file beside what was made of them, with their cycles.
 
 Drift is the Theil-Sen slope, the median of the slopes between all pairs of readings, per 100 cycles, over their median: a reading that was
 disturbed moves it little, growth moves all pairs. Printed beside it are the medians of the first and the last quarter of the readings.
-The first 130 cycles (a quarter of a shorter run) do not count: the controller's bounded histories fill in them (1,000 events, 256 request
-ids, 100 transitions).
+The warm-up does not count: in it what is bounded fills. The controller's histories (1,000 events, 256 request ids, 100 transitions) take
+130 cycles, the gateway's window of traffic five minutes; it lasts until both are over, in runs of less than 100 cycles a quarter of these.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import itertools
 import os
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,8 @@ COUNTS = MEASURES[1:]
 NAMES = {"Controller": "controller", "NodeAgent": "agent", "GatewayActor": "gateway", "WorkerActor": "worker"}
 READINGS = 30
 WARM_UP_CYCLES = 130
+WARM_UP_S = 310.0
+SHORT_CYCLES = 100  # fewer have a short warm-up, and say little of small drifts
 CALM_TIMEOUT_S = 30.0
 LOOK_EVERY_S = 0.3
 OPTIONS = ("--workers", "1", "--standby", "1", "--max-workers", "2", "--memory", "512MiB", "--kv-memory", "16MiB")
@@ -187,35 +192,68 @@ async def up_and_down(admin: Admin, number: int) -> list[float]:
     return seconds
 
 
-async def run(cluster: LocalCluster, num_cycles: int) -> tuple[dict[int, Reading], list[float], Load]:
+class Progress:
+    """Which cycle counts, which is the last, in which a reading is taken. num_cycles: those that count."""
+
+    def __init__(self, num_cycles: int) -> None:
+        self._num_cycles, self._every = num_cycles, max(1, num_cycles // READINGS)
+        self._share = 1.0 if num_cycles >= SHORT_CYCLES else 0.25
+        self._began_s: float | None = None
+        self.number = 0
+        self.warm_at: int | None = None
+
+    def next(self) -> bool:
+        """Whether there is another cycle."""
+        if self._began_s is None:
+            self._began_s = time.monotonic()
+        if self.warm_at is None:
+            long_enough = time.monotonic() - self._began_s >= WARM_UP_S * self._share
+            if long_enough and self.number >= WARM_UP_CYCLES * self._share and self.number % self._every == 0:
+                self.warm_at = self.number
+        self.number += 1
+        return self.warm_at is None or self.number <= self.warm_at + self._num_cycles
+
+    @property
+    def reads(self) -> bool:
+        return self.number % self._every == 0
+
+
+async def run(cluster: LocalCluster, progress: Progress) -> tuple[dict[int, Reading], list[float], Load]:
     """Readings by cycle, seconds of every transition, what the clients saw."""
     admin, readings, seconds = Admin(cluster), {}, []
     async with client(cluster.url) as http:
         model = (await http.get("/v1/models")).json()["data"][0]["id"]
         load = LightLoad(http, model)
         try:
-            for number in range(1, num_cycles + 1):
-                seconds += await up_and_down(admin, number)
-                if number % max(1, num_cycles // READINGS) == 0:
-                    async with load.held():
-                        for job in FILLING:
-                            await load.ask(job)
-                        try:
-                            readings[number] = await calm_reading(cluster.runtime)
-                        except TimeoutError as error:
-                            print(f"cycle {number}: no reading: {error}", flush=True)
-                    print(f"cycle {number}: {statistics.fmean(seconds[-20:]):.2f} s a transition", flush=True)
+            while progress.next():
+                number = progress.number
+                if not progress.reads:
+                    seconds += await up_and_down(admin, number)
+                    continue
+                async with load.held():
+                    for job in FILLING:
+                        await load.ask(job)
+                    seconds += await up_and_down(admin, number)
+                    try:
+                        readings[number] = await calm_reading(cluster.runtime)
+                    except TimeoutError as error:
+                        print(f"cycle {number}: no reading: {error}", flush=True)
+                print(f"cycle {number}: {statistics.fmean(seconds[-20:]):.2f} s a transition", flush=True)
         finally:
             await load.end()
             await admin.close()
     return readings, seconds, load.seen
 
 
-def rows_of(readings: dict[int, Reading], num_cycles: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """A row for each process and measure; the worst drift of each measure."""
+def as_text(numbers: Iterable[float]) -> str:
+    """One line of the saved file, not one for each."""
+    return " ".join(f"{number:.0f}" for number in numbers)
+
+
+def rows_of(readings: dict[int, Reading], warm_at: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """A row for each process and measure, with all its readings, those of the warm-up too; the worst drift of each measure."""
     rows, worst = [], dict.fromkeys(MEASURES, 0.0)
-    skipped = min(WARM_UP_CYCLES, num_cycles // 4)
-    counted = {number: reading for number, reading in readings.items() if number > skipped}
+    counted = {number: reading for number, reading in readings.items() if number > warm_at}
     quarter = max(1, len(counted) // 4)
     for process in sorted(set.intersection(*(set(reading) for reading in counted.values()))):
         for measure in MEASURES:
@@ -225,26 +263,30 @@ def rows_of(readings: dict[int, Reading], num_cycles: int) -> tuple[list[dict[st
             rows.append(
                 {"what": f"{process.rpartition(' ')[0]}, {measure}", "median": statistics.median(values), "min": min(values),
                  "max": max(values), "first quarter": statistics.median(values[:quarter]),
-                 "last quarter": statistics.median(values[-quarter:]), "unit": f"drift {100 * change:.3f}% per 100 cycles"}
+                 "last quarter": statistics.median(values[-quarter:]), "unit": f"drift {100 * change:.3f}% per 100 cycles",
+                 "readings": as_text(reading[process][measure] for reading in readings.values() if process in reading)}
             )  # fmt: skip
     return rows, worst
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cycles", type=int, default=430)
+    parser.add_argument("--cycles", type=int, default=300, help="that count")
     parser.add_argument("--out", type=Path, default=saved_run.RESULTS)
     args = parser.parse_args()
     started = datetime.datetime.now(datetime.UTC)
+    progress = Progress(args.cycles)
     cluster = LocalCluster(*OPTIONS, port=free_port()).start()
     try:
-        readings, seconds, load = asyncio.run(run(cluster, args.cycles))
+        readings, seconds, load = asyncio.run(run(cluster, progress))
     finally:
         cluster.close()
-    rows, worst = rows_of(readings, args.cycles)
+    warm_at = progress.warm_at or 0
+    rows, worst = rows_of(readings, warm_at)
     quarter = max(1, len(seconds) // 4)
     times: list[dict[str, Any]] = [
-        {"what": "readings", "median": len(readings), "unit": f"of {min(READINGS, args.cycles)}"}
+        {"what": "cycles of warm-up", "median": warm_at, "unit": ""},
+        {"what": "readings", "median": sum(number > warm_at for number in readings), "unit": "that count"},
     ]
     times += [
         {"what": f"seconds a transition, {which} quarter", "median": statistics.median(part), "unit": "s"}
@@ -252,8 +294,9 @@ def main() -> None:
     ]
     goals = [saved_run.goal(f"drift of {name} per 100 cycles", worst[name], "<= 0.001") for name in MEASURES]
     goals.append(saved_run.goal("failed requests", len(load.failures), "<= 0"))
-    saved_run.print_table(rows)
+    saved_run.print_table([{name: value for name, value in row.items() if name != "readings"} for row in rows])
     saved_run.print_table(times)
+    times.append({"what": "cycles of the readings", "median": len(readings), "unit": "", "readings": as_text(readings)})
     saved_run.print_table(goals)
     print(
         "saved",
