@@ -101,6 +101,7 @@ def test_halves_and_scales_of_a_trace_are_parts_of_it() -> None:
     assert len(first) + len(second) == len(whole)
     assert second.at_s[0] < 10.0
     assert second.span_s == pytest.approx(whole.span_s / 2)
+    assert open_load("azure-conv", part=(0.0, whole.span_s / 2)) == first
     part = open_load("azure-conv", scale=4.0, stands_for=2)
     assert len(part) == pytest.approx(2 * len(whole), rel=0.05)
 
@@ -128,3 +129,18 @@ def test_the_target_is_the_highest_that_attains_enough(monkeypatch: pytest.Monke
     assert len(asked) <= 3
     none = comparison.tune(None, None, family, standby=0, wanted=1.1)
     assert (none.share, none.past) == (min(comparison.SHARES), None)
+
+
+def test_a_load_that_was_played_for_tuning_is_not_played_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting(profile=profile(), devices=16, slo=Slo(ttft_s=1.0, tpot_s=0.2, attainment=0.95))
+    before, after = load(poisson(6.0, 300), 20, 15), load(poisson(6.0, 300, seed=2), 20, 15)
+
+    def entered() -> RayServe:
+        return RayServe(low=1, high=16, target=5)
+
+    plain = comparison.play_on(before, after, entered(), setting)
+    scaler = entered()
+    past = comparison.play(before, scaler, setting)
+    monkeypatch.setattr(comparison, "play", None)
+
+    assert comparison.play_on(before, after, scaler, setting, past=past) == plain
