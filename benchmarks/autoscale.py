@@ -266,7 +266,7 @@ def main() -> None:
         "--compare", type=float, default=40.0, help="seconds after the spike over which all are compared"
     )
     parser.add_argument(
-        "--after", type=float, default=345.0, help="the same under the default policy; shrinking looks back over 300"
+        "--after", type=float, default=335.0, help="the same under the default policy; shrinking looks back over 300"
     )
     parser.add_argument(
         "--capacity", type=float, default=CAPACITY_S, help="seconds to measure what so many workers take"
