@@ -42,7 +42,8 @@ def decide(observation: Observation, state: State, config: PolicyConfig) -> tupl
     view = view_of(observation, stale_s=config.fallback.after_s)
     state = follow(observation, view, state, config)
     capacity = capacity_of(config, state, view.live)
-    scene = Scene(observation=observation, view=view, capacity=capacity, config=config, state=state)
+    ahead_s = horizon.ahead_s(observation, state, config)
+    scene = Scene(observation=observation, view=view, capacity=capacity, config=config, state=state, ahead_s=ahead_s)
     case, proposals = _case(scene)
     verdict = judge(case)
     return _answer(case, verdict, proposals)
@@ -62,7 +63,7 @@ def _case(scene: Scene) -> tuple[Case, tuple[Proposal, ...]]:
             faulty.append(proposal.signal)
     loads = [(proposal.load, proposal.signal) for proposal in proposals if proposal.load is not None]
     load, loudest = max(loads, key=lambda item: item[0]) if loads else (None, "")
-    ahead_s = horizon.ahead_s(observation, scene.state, config)
+    ahead_s = scene.ahead_s
     state = _remember(scene, load, work_load(proposals, scene), ahead_s=ahead_s, whole=not fault)
     scene = replace(scene, state=state)
     now_s = observation.now_s
@@ -297,7 +298,9 @@ def _ordered(case: Case, verdict: Verdict, state: State, order: Order) -> State:
     kept = tuple(item for item in state.changes if item.at_s > case.now_s - period_s)
     state = replace(state, order=order, changes=(*kept, change))
     if order.plan.kind == "grow":
-        state = _sized(state, order, load=case.load or 0.0, demand=_traffic_of(case, case.scene.demand))
+        demand = _traffic_of(case, case.scene.demand)
+        state = replace(state, few_workers=case.now, few_demand=round(demand, 3), few_s=case.now_s)
+        state = _sized(state, order, load=case.load or 0.0, demand=demand)
     elif verdict.final:
         peak = max(state.peaks[0].value if state.peaks else 0.0, case.load or 0.0)
         state = _sized(

@@ -9,6 +9,7 @@ from flexpert.controller.policy.behavior import up_limit
 from flexpert.controller.policy.case import Case, Verdict
 from flexpert.controller.policy.reasons import Reason
 
+REPLACED_S = 60.0  # after a growth, or as long as a worker needs to join: until then no standby waits again
 AT_ONCE = 1.5  # times the present size: so high a load need not last for a second tick
 
 
@@ -117,6 +118,7 @@ def _limited(case: Case, given: int, reason: Reason, why: str) -> Verdict:
     limit = up_limit(case.scene.config.up, case.state.changes, case.now, now_s=case.now_s)
     allowed = int(min(float(given), limit))
     case.reject("scaleUp.policies", given, max(allowed, case.now), f"at most {limit:g} at this time")
+    allowed = _warm_first(case, allowed)
     if allowed <= case.now:
         text = f"{why}; this period's growth is used up"
         return Verdict(target=case.now, reason=Reason.SCALE_UP_LIMITED, text=text, final=False)
@@ -128,3 +130,19 @@ def _limited(case: Case, given: int, reason: Reason, why: str) -> Verdict:
         final=allowed == given,
         state=state,
     )
+
+
+def _warm_first(case: Case, allowed: int) -> int:
+    """Where requests are late already: joiners serve when the slowest of them is ready, so standbys come first, and those that have to
+    start after them."""
+    kinds = {signal.name: signal.type for signal in case.scene.config.signals}
+    if kinds.get(case.loudest) not in ("slo", "queue_time"):
+        return allowed
+    warm, ended = case.now + case.scene.config.workers.standby, case.scene.observation.last_transition
+    if not case.now < warm < allowed:
+        return allowed
+    replaced_s = max(REPLACED_S, case.ahead_s)
+    if ended is not None and ended.to_workers > ended.from_workers and case.now_s < ended.ended_s + replaced_s:
+        return allowed
+    case.reject("standbys first", allowed, warm, f"{warm - case.now} wait warm, others start first")
+    return warm

@@ -15,6 +15,7 @@ from flexpert.controller.policy.reasons import Reason
 NOISE = 2.0  # standard deviations
 MOST_NOISE = 0.5
 SIZED_S = 3600.0  # so long a size is kept while its traffic stays
+OVERSHOT, OVERSHOT_LEAST = 0.75, 2  # by this share, and so many workers: a growth that went too far is not kept
 
 
 def blind(case: Case) -> Verdict | None:
@@ -72,21 +73,35 @@ def _steady(case: Case, wanted: int, floor: int) -> Verdict:
     peak = max(state.peaks[0].value if state.peaks else 0.0, case.load or 0.0)
     steady = max(math.ceil(peak / config.consolidation_margin - 1e-9), floor)
     why = f"the peak of {config.down.stabilization_s:g} s was {peak:.2f} workers"
-    if steady < state.sized_workers and case.now_s < state.sized_s + SIZED_S:
-        demand = state.demands[0].value if state.demands else 0.0
-        if peak > state.sized_load * (1.0 - noise(case)):
-            steady = state.sized_workers
-            why = f"{state.sized_workers} were chosen for a load of {state.sized_load:.2f}, and {peak:.2f} is no less"
-        elif state.sized_demand and demand > state.sized_demand * (1.0 - noise(case)):
-            steady = state.sized_workers
-            why = (
-                f"{state.sized_workers} were chosen for {state.sized_demand:.0f} tokens/s, and {demand:.0f} is no less"
-            )
+    kept, reason = _kept(case, steady, peak)
+    if kept > steady:
+        steady, why = kept, reason
     case.reject("scaleDown.stabilizationWindow", wanted, min(steady, case.now), why)
     if steady >= case.now:
         text = f"{wanted} workers would do at this moment; {why}"
         return Verdict(target=case.now, reason=Reason.SCALE_DOWN_STABILIZING, text=text)
     return _survivable(case, steady, peak)
+
+
+def _kept(case: Case, steady: int, peak: float) -> tuple[int, str]:
+    """More than `steady` where the last size was chosen for traffic like this, or fewer were too few for it; and why."""
+    state, now_s = case.state, case.now_s
+    demand, chance = state.demands[0].value if state.demands else 0.0, noise(case)
+    # What would not have held fewer at the last shrink (memory, latencies) was more than its load asked for, and is no overshoot.
+    weighed = state.sized_workers > math.ceil(state.sized_load / case.scene.config.consolidation_margin - 1e-9)
+    grew = state.few_s == state.sized_s
+    overshot = (grew or not weighed) and steady < OVERSHOT * case.now and steady <= case.now - OVERSHOT_LEAST
+    if steady < state.sized_workers and now_s < state.sized_s + SIZED_S and not overshot:
+        if peak > state.sized_load * (1.0 - chance):
+            words = f"a load of {state.sized_load:.2f}, and {peak:.2f} is no less"
+            return state.sized_workers, f"{state.sized_workers} were chosen for {words}"
+        if state.sized_demand and demand > state.sized_demand * (1.0 - chance):
+            words = f"{state.sized_demand:.0f} tokens/s, and {demand:.0f} is no less"
+            return state.sized_workers, f"{state.sized_workers} were chosen for {words}"
+    few = state.few_workers
+    if steady <= few < case.now and now_s < state.few_s + SIZED_S and 0.0 < state.few_demand * (1.0 - chance) < demand:
+        return few + 1, f"{few} were too few for {state.few_demand:.0f} tokens/s, and {demand:.0f} is no less"
+    return 0, ""
 
 
 def noise(case: Case) -> float:

@@ -33,10 +33,12 @@ from flexpert.controller.policy.types import (
 from flexpert.controller.policy.view import View, age_fault
 
 KV_TARGET = 0.8  # of a kv_utilization without one
+BATCH_TARGET = 0.8  # of the places in batches
 MOST_GROWTH = 2.0  # of a size, where only a latency says that it is too small
 MOST_CROWD = 4.0  # of a size, where that many requests wait for each that runs
 TRIAL_SHARE = 0.34  # of the workers, the most that go because latencies are low
 RESERVE = 0.5  # of what low latencies ask for, once the misses that the SLO lets go are spent
+OVERSPENT = 1.5  # times the misses that the SLO lets go, over the last minutes: below, a burst that is over is forgiven
 UNSPENT = 0.5  # of the misses that the SLO lets go: with more over the last minutes nothing is tried
 TRIAL_PAUSE_S = 3600.0  # the next such trial at the same traffic
 TRIAL_DEMAND = 0.8  # or when the traffic has fallen to this share
@@ -58,6 +60,7 @@ class Scene:
     capacity: Capacity
     config: PolicyConfig
     state: State
+    ahead_s: float = 0.0  # until a worker that is ordered now serves
 
     @property
     def traffic(self) -> TrafficReading:
@@ -74,6 +77,12 @@ class Scene:
     @property
     def demand(self) -> float:
         return self.traffic.prompt_tokens_per_s + self.traffic.output_tokens_per_s
+
+    @property
+    def batches(self) -> float:
+        """Workers whose places in batches the live requests fill as far as they should."""
+        slots = self.view.slots * min(BATCH_TARGET, self.capacity.utilisation)
+        return self.view.live / slots if slots else 0.0
 
     @property
     def requests(self) -> float:
@@ -217,13 +226,26 @@ def slo_load(signal: SignalConfig, scene: Scene) -> tuple[float, str]:
             return _alone_too_slow(
                 scene, late
             ), f"{words}; but nobody waits and steps are fast: more workers would not help"
+        if not late and _over(scene):
+            return float(scene.now), f"{words}; a burst that is over"
         return _strained(scene, max(worst, 1.0)), words
     if not ended and scene.view.waiting:
         return float(scene.now), f"{words}, {scene.view.waiting:.0f} wait"
-    batches = scene.view.live / (scene.view.slots * scene.capacity.utilisation) if scene.view.slots else 0.0
+    batches = scene.batches
     if batches > scene.now:
         words += f", {scene.view.live:.0f} live requests for batches of {scene.view.slots:.0f}"
     return max(_calm(scene, latency_share(scene) or 0.0), batches), words
+
+
+def _over(scene: Scene) -> bool:
+    """Nobody waits any more, and over the last minutes hardly more was missed than the SLO lets go."""
+    slo = scene.config.slo
+    spent = slo is not None and scene.state.missed_share > OVERSPENT * (1.0 - slo.attainment)
+    return not spent and not _queued(scene)
+
+
+def _queued(scene: Scene) -> bool:
+    return scene.view.waiting_workers * 2 >= max(scene.view.fresh, 1)
 
 
 def _alone_too_slow(scene: Scene, late: bool) -> float:
@@ -281,7 +303,7 @@ def _contended(scene: Scene) -> bool:
         return False
     queued = traffic.queue_s is not None and slo.ttft_s is not None and traffic.queue_s > QUEUED * slo.ttft_s
     slow = traffic.tpot_s is not None and slo.tpot_s is not None and traffic.tpot_s > QUEUED_STEP * slo.tpot_s
-    return queued or slow or scene.view.waiting_workers * 2 >= max(scene.view.fresh, 1)
+    return queued or slow or _queued(scene)
 
 
 def _counts(scene: Scene) -> bool:
@@ -289,18 +311,25 @@ def _counts(scene: Scene) -> bool:
     return scene.view.waiting > 0 or whole_window(scene.observation)
 
 
+def _one_more(scene: Scene) -> float:
+    return max(scene.now + LEAST_GROWTH, scene.now * (1.0 + scene.config.up.tolerance) + 0.01)
+
+
 def _strained(scene: Scene, ratio: float) -> float:
-    """Too few: at least one more. As many as tokens and backlog ask for where capacity is known; else what arrives for what is served
-    now, and where neither is known by the ratio, within limits."""
-    least = max(scene.now + LEAST_GROWTH, scene.now * (1.0 + scene.config.up.tolerance) + 0.01)
-    load = scene.token_load
+    """Too few: at least one more, unless what waits is done before one could serve. As many as tokens ask for where capacity is known,
+    and what will still wait then; else by the ratio and by what waits, but no more than what arrives for what is served now."""
+    load, view, traffic = scene.token_load, scene.view, scene.traffic
     if load is None or not scene.capacity.known:
-        view, traffic = scene.view, scene.traffic
         crowd = view.live / max(view.running, 1.0)  # what is here for what is served at a time
+        times = max(min(ratio, MOST_GROWTH), min(crowd, MOST_CROWD))
         if view.prefill > 0.0 and traffic.prompt_tokens_per_s > 0.0:
-            ratio = min(ratio, traffic.prompt_tokens_per_s / view.prefill / scene.capacity.utilisation)
-        return max(least, scene.now * min(ratio, MOST_GROWTH), scene.now * min(crowd, MOST_CROWD))
-    return max(least, load + backlog_s(scene) * scene.now / DRAIN_S)
+            times = min(times, traffic.prompt_tokens_per_s / view.prefill / scene.capacity.utilisation)
+        return max(_one_more(scene), scene.now * times)
+    work_s = backlog_s(scene) * scene.now
+    done_s = max(scene.now - load, 0.0) * scene.ahead_s
+    if load < scene.now and work_s <= done_s and scene.batches < scene.now:
+        return float(scene.now)
+    return max(_one_more(scene), load + max(work_s - done_s, 0.0) / max(DRAIN_S, scene.ahead_s))
 
 
 def _calm(scene: Scene, share: float) -> float:
@@ -308,11 +337,21 @@ def _calm(scene: Scene, share: float) -> float:
     of the workers at a time, tried out."""
     alone = scene.config.consolidation_margin * min(float(scene.now), scene.view.live)
     if _latencies(scene):
+        if _late_soon(scene):
+            return _one_more(scene)
         return min(alone, scene.reserve * max(scene.now * share, prompt_workers(scene)))
     if not scene.trial_open:
         return alone
     least = scene.now - max(1.0, math.floor(scene.now * TRIAL_SHARE))
     return min(alone, max(least * scene.config.consolidation_margin, scene.now * share))
+
+
+def _late_soon(scene: Scene) -> bool:
+    """Many prompts wait, and first tokens come so late that hardly anything is left of their time."""
+    traffic, slo = scene.traffic, scene.config.slo
+    if slo is None or slo.ttft_s is None or traffic.ttft_s is None or traffic.waiting < LEAST_REQUESTS:
+        return False
+    return _contended(scene) and traffic.ttft_s > scene.config.consolidation_margin * slo.ttft_s
 
 
 def prompt_workers(scene: Scene) -> float:

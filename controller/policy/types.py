@@ -297,8 +297,9 @@ class State:
     smooth: the load as peaks has it, evened out. missed_share: of requests that missed the SLO, over minutes, since the last change.
     computing: workers that prompts keep busy, evened out.
     demands: tokens/s that come and go, as falling steps. sized_s, sized_demand: when the last size was ordered and the highest demand
-    since. trial_*: the last shrink that went below what tokens say, because latencies were low, or the last time when workers had too
-    much. *_capacity: tokens/s of one worker, measured when it had more to do.
+    since. few_*: the size that was too few when it last grew, for which demand, and when. trial_*: the last shrink that went below what
+    tokens say, because latencies were low, or the last time when workers had too much. *_capacity: tokens/s of one worker, measured
+    when it had more to do.
     """
 
     run_id: str = "d"
@@ -324,6 +325,9 @@ class State:
     sized_load: float = 0.0
     sized_s: float = 0.0
     sized_demand: float = 0.0
+    few_workers: int = 0
+    few_demand: float = 0.0
+    few_s: float = 0.0
     smooth: float | None = None
     missed_share: float = 0.0
     computing: float | None = None

@@ -44,7 +44,7 @@ def test_requests_in_step_with_the_ticks_change_nothing(repository: Path, rate: 
     assert result.attainment == 1.0
 
 
-@pytest.mark.parametrize(("rate", "workers"), [(0.4, 1), (1.0, 2), (2.0, 2), (4.0, 4), (8.0, 6)])
+@pytest.mark.parametrize(("rate", "workers"), [(0.4, 1), (1.0, 2), (2.0, 2), (4.0, 4), (6.0, 5), (8.0, 6)])
 def test_constant_load_makes_one_change_at_most(repository: Path, rate: float, workers: int) -> None:
     result = an_hour(repository, rate=rate, workers=workers, evenly=False)
 
