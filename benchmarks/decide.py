@@ -39,7 +39,7 @@ SIGNALS = (
     SignalConfig(type="schedule", name="office"),
     SignalConfig(type="forecast", name="day"),
 )
-COURSES = {"steady": 0.80, "grows": 1.0, "shrinks": 0.05}  # share of all loads
+COURSES = {"steady": 0.9, "grows": 1.3, "shrinks": 0.05}  # share of all loads
 WARM_S = 900.0  # longer than every window, so that they are full
 
 
