@@ -133,10 +133,10 @@ def _limited(case: Case, given: int, reason: Reason, why: str) -> Verdict:
 
 
 def _warm_first(case: Case, allowed: int) -> int:
-    """Where requests are late already: joiners serve when the slowest of them is ready, so standbys come first, and those that have to
+    """Where requests are late or wait: joiners serve when the slowest of them is ready, so standbys come first, and those that have to
     start after them."""
     kinds = {signal.name: signal.type for signal in case.scene.config.signals}
-    if kinds.get(case.loudest) not in ("slo", "queue_time"):
+    if kinds.get(case.loudest) not in ("slo", "queue_time") and not case.scene.view.waiting_workers:
         return allowed
     warm, ended = case.now + case.scene.config.workers.standby, case.scene.observation.last_transition
     if not case.now < warm < allowed:

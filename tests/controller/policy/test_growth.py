@@ -31,7 +31,11 @@ def test_a_standby_comes_first_where_requests_are_late_and_the_rest_after_it():
 
 
 def test_growth_before_anybody_is_late_comes_in_one():
-    assert first(seen(1000.0, 2, kv=load_of(5.0, 2)), policy(KV, up=free(), workers=STANDBY)).wanted == 5
+    config = policy(KV, up=free(), workers=STANDBY)
+    full = seen(1000.0, 2, kv=load_of(5.0, 2))
+    assert first(full, config).wanted == 5
+    waits = workers(2, kv=load_of(5.0, 2), waiting=1)
+    assert first(replace(full, workers=waits), config).wanted == 3
 
 
 def test_no_more_is_ordered_than_arrives_for_what_is_served():
