@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "ray", "numpy", "safetensors")
+PACKAGES = ("torch", "triton", "transformers", "vllm", "ray", "numpy", "safetensors")
 
 
 def goal(name: str, value: float, bound: str) -> dict[str, Any]:

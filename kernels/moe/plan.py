@@ -1,0 +1,141 @@
+"""Which kernels compute a layer, and with which tiles: one pure function over a table of tuned plans.
+
+A table is a JSON file in `plans/`, one for each device, written by the tuner (`flexpert kernels tune`) and read once. It holds for each
+shape the best plan found at some token counts; `choose_plan` takes the one tuned for the nearest count. A shape or a device that was never
+tuned falls to `heuristic`. Nothing is ever tuned while serving.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+PLANS = Path(__file__).parent / "plans"
+GEMV_PAIRS = 16  # heuristic: up to so many (token, k) pairs without a schedule
+FEW_ROWS = 48  # mean rows an expert below which weights, not arithmetic, take the time
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """What a plan depends on besides the number of tokens."""
+
+    num_experts: int
+    hidden: int
+    inner: int
+    top_k: int
+    dtype: str = "bfloat16"  # of the weights
+    transposed: bool = False
+    interleaved: bool = False
+
+    @property
+    def key(self) -> str:
+        layout = ("-transposed" if self.transposed else "") + ("-interleaved" if self.interleaved else "")
+        return f"e{self.num_experts}-h{self.hidden}-i{self.inner}-k{self.top_k}-{self.dtype}{layout}"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Of one product. rows x columns of the result in steps of `depth`; with gate and up, `columns` of each. group: tiles that walk the
+    columns together. swap: weights stand on the left. tma: weights come by the tensor-memory accelerator; packed: rows of the second
+    product too. tail: last tiles at half height. programs: per multiprocessor, 0: not persistent."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    group: int = 1
+    swap: bool = False
+    tma: bool = False
+    packed: bool = False
+    tail: bool = False
+    programs: int = 0
+
+
+@dataclass(frozen=True)
+class GemvTile:
+    """Columns a program computes, and how many elements of each row it reads at a time."""
+
+    columns: int
+    depth: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`gemv`: both products without a schedule. `grouped`: schedule, two grouped products, weighted sum."""
+
+    kind: str
+    up: Tile | GemvTile
+    down: Tile | GemvTile
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Plan:
+        """Raises ValueError for another kind than "gemv" and "grouped"."""
+        kind = fields["kind"]
+        if kind not in ("gemv", "grouped"):
+            raise ValueError(f'a plan of kind {kind!r}, expected "gemv" or "grouped"')
+        tile = GemvTile if kind == "gemv" else Tile
+        return cls(kind, tile(**fields["up"]), tile(**fields["down"]))
+
+
+Table = Mapping[str, Sequence[tuple[int, Plan]]]  # shape key -> (tokens, plan), tokens ascending
+
+
+def choose_plan(tokens: int, shape: LayerShape, table: Table) -> Plan:
+    """The plan tuned for the nearest token count (by ratio), else the heuristic's."""
+    tuned = table.get(shape.key)
+    if not tuned:
+        return heuristic(tokens, shape)
+    return min(tuned, key=lambda entry: abs(math.log(max(tokens, 1) / entry[0])))[1]
+
+
+def heuristic(tokens: int, shape: LayerShape) -> Plan:
+    """What is good for most shapes on Hopper: vector sums for a few pairs, small tiles while weights take the time, large ones beyond."""
+    pairs = tokens * shape.top_k
+    if pairs <= GEMV_PAIRS:
+        return Plan("gemv", GemvTile(8, 512, 4), GemvTile(8, 256, 4))
+    rows = pairs / shape.num_experts
+    if rows <= FEW_ROWS:
+        height = 16 if rows <= 12 else 32 if rows <= 24 else 64
+        return Plan("grouped", Tile(height, 64, 128, 4, 4), Tile(height, 128, 128, 4, 4))
+    if rows <= 96:
+        return Plan("grouped", Tile(64, 64, 64, 4, 4, group=4), Tile(64, 128, 64, 4, 4, group=4))
+    return Plan("grouped", Tile(128, 128, 64, 8, 3, group=8), Tile(128, 256, 64, 8, 3, group=8))
+
+
+def read_table(path: Path) -> Table:
+    """A table as the tuner writes it; empty where there is no file. Raises ValueError where it is not one."""
+    if not path.exists():
+        return {}
+    try:
+        shapes = json.loads(path.read_text())["shapes"]
+        return {
+            key: sorted(
+                ((entry["tokens"], Plan.from_json(entry["plan"])) for entry in entries), key=lambda found: found[0]
+            )
+            for key, entries in shapes.items()
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no table of plans ({error}); write it anew with `flexpert kernels tune`"
+        ) from error
+
+
+def device_key(device_name: str) -> str:
+    """ "NVIDIA H100 80GB HBM3" -> "h100"."""
+    return device_name.lower().replace("nvidia ", "").split()[0]
+
+
+@lru_cache(maxsize=8)
+def table_of(device_name: str) -> Table:
+    """The table kept in the package for a device, by the name that CUDA gives it."""
+    return read_table(PLANS / f"{device_key(device_name)}.json")
