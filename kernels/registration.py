@@ -1,8 +1,9 @@
 """Makes transformers' experts modules run on flexpert's kernels.
 
 `register()` adds the experts implementation "flexpert"; a model built with `experts_implementation="flexpert"` then calls
-`run_experts`. Modules that the binder prepared carry their slabs; any other module's own 3-D parameters are used as slabs, so that
-the kernels also work alone, without a cluster.
+`run_experts`. Modules that the binder prepared carry their slabs. The kernels also work alone, without a cluster: on a GPU a module's own
+3-D parameters are read in place by the Triton kernels, where its activation, dtype and sizes are ones they have; otherwise, and on the
+CPU, the parameters are copied into slabs once.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from flexpert.kernels.experts import ExpertSlabs, SlabPart, experts_forward
+from flexpert.kernels.moe import Activation, ExpertWeights, Stored, moe_forward
 
 IMPLEMENTATION = "flexpert"
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def register() -> str:
@@ -29,7 +32,12 @@ def run_experts(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_we
     """[tokens, H] -> [tokens, H], without gradients; what transformers calls in place of an experts module's forward."""
     with torch.no_grad():
         if getattr(module, "flexpert_experts", None) is None:
-            module.flexpert_experts = partial(experts_forward, slabs=_slabs_of_parameters(module))
+            weights = triton_weights(module)
+            module.flexpert_experts = (
+                partial(moe_forward, experts=weights)
+                if weights is not None
+                else partial(experts_forward, slabs=_slabs_of_parameters(module))
+            )
         return module.flexpert_experts(hidden, top_k_index, top_k_weights)
 
 
@@ -41,6 +49,42 @@ def up_name(module: nn.Module) -> str:
 def activation(module: nn.Module):  # type: ignore[no-untyped-def]
     """What turns the first product's rows into the second's."""
     return module._apply_gate if module.has_gate else module.act_fn
+
+
+def triton_weights(module: nn.Module) -> ExpertWeights | None:
+    """The module's parameters as the Triton kernels read them, in place; None where they cannot."""
+    act = _triton_activation(module)
+    up, down = getattr(module, up_name(module)).detach(), module.down_proj.detach()
+    inner, hidden = (down.shape[1], down.shape[2]) if module.is_transposed else (down.shape[2], down.shape[1])
+    in_place = up.is_cuda and up.is_contiguous() and down.is_contiguous() and up.dtype == down.dtype
+    if act is None or not in_place or up.dtype not in HALVES or hidden % 64 or inner % 64:
+        return None
+    return ExpertWeights(
+        Stored(up.view(-1), up[0].numel()),
+        Stored(down.view(-1), down[0].numel()),
+        torch.arange(len(up), dtype=torch.int32, device=up.device),
+        hidden,
+        inner,
+        act,
+        module.is_transposed,
+        act.name == "clamped",
+        getattr(module, f"{up_name(module)}_bias", None),
+        getattr(module, "down_proj_bias", None),
+    )
+
+
+def _triton_activation(module: nn.Module) -> Activation | None:
+    """By what the module computes on a few numbers, so that no family's name is asked; None where the kernels have nothing like it."""
+    if not module.has_gate:
+        return None
+    probe = torch.linspace(-9, 9, 64, device=module.down_proj.device).reshape(2, 32)
+    found = module._apply_gate(probe)
+    chunked, turns = probe.chunk(2, dim=1), (probe[:, ::2], probe[:, 1::2])
+    clamped = Activation("clamped", getattr(module, "limit", 7.0), getattr(module, "alpha", 1.702))
+    for act, (gate, up) in ((Activation(), chunked), (Activation("gelu_tanh"), chunked), (clamped, turns)):
+        if torch.allclose(act(gate, up), found, rtol=1e-5, atol=1e-5):
+            return act
+    return None
 
 
 def _slabs_of_parameters(module: nn.Module) -> ExpertSlabs:

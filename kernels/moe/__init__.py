@@ -3,7 +3,7 @@
 Importing this package imports torch, not Triton; its functions import Triton when they first run.
 """
 
-from flexpert.kernels.moe.layer import Activation, ExpertWeights, forward_reference, moe_forward, moe_rows
+from flexpert.kernels.moe.layer import Activation, ExpertWeights, Stored, forward_reference, moe_forward, moe_rows
 from flexpert.kernels.moe.plan import LayerShape, Plan, choose_plan
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "ExpertWeights",
     "LayerShape",
     "Plan",
+    "Stored",
     "choose_plan",
     "forward_reference",
     "moe_forward",

@@ -1,6 +1,6 @@
 """One MoE layer on a GPU: from top-k ids and weights to the reduced output, or to one unsummed row per (token, k).
 
-`ExpertWeights` says where the experts lie: a strided arena of slots and the residency table `expert_slot` on the device, which kernels
+`ExpertWeights` says where the experts lie: strided slots of an arena and the residency table `expert_slot` on the device, which kernels
 read at every call, so weights may move between slots under a captured graph. All work is launched without a host synchronisation and
 without a launch that depends on the routing. `forward_reference` is the same in a few lines of PyTorch, for tests and other machines.
 """
@@ -17,7 +17,8 @@ from flexpert.kernels.moe.plan import GemvTile, LayerShape, Plan, Tile, choose_p
 from flexpert.kernels.moe.routing import Schedule, route
 
 SUM_COLUMNS = 1024
-BOX = 256  # the most rows or columns that the tensor-memory accelerator takes at once
+LARGEST_BOX = 256  # rows or columns that the tensor-memory accelerator takes at once
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,27 @@ class Activation:
         return act * up
 
 
-@dataclass(eq=False)
-class ExpertWeights:
-    """Experts of a layer in an arena.
-
-    arena: one-dimensional, bfloat16 or float16 (float32 for tests); slot s begins at element s * slot_stride, and in it the matrices
-    at up_offset, [2I, H], and down_offset, [H, I]; `transposed`: stored as [H, 2I] and [I, H]. interleaved: gate and up columns take turns,
-    else all gates come first. expert_slot: int32 [E] on the arena's device, -1: not resident. up_bias [E, 2I], down_bias [E, H].
-    Raises ValueError, with the argument and what was expected, where they do not fit.
-    """
+@dataclass(frozen=True)
+class Stored:
+    """One matrix of every slot. arena: one-dimensional; slot s begins at element s * slot_stride + offset."""
 
     arena: Tensor
     slot_stride: int
-    up_offset: int
-    down_offset: int
+    offset: int = 0
+
+
+@dataclass(eq=False)
+class ExpertWeights:
+    """Experts of a layer, read in place.
+
+    up, down: [2I, H] and [H, I] of each slot, bfloat16 or float16 (float32 for tests), in one arena or in two; `transposed`: stored as
+    [H, 2I] and [I, H]. interleaved: gate and up columns take turns, else all gates come first. expert_slot: int32 [E] on the same
+    device, -1: not resident. up_bias [E, 2I], down_bias [E, H]. Raises ValueError, with the argument and what was expected, where they
+    do not fit.
+    """
+
+    up: Stored
+    down: Stored
     expert_slot: Tensor
     hidden: int
     inner: int
@@ -66,63 +74,65 @@ class ExpertWeights:
     _descriptors: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        _require(
-            self.arena.dim() == 1 and self.arena.is_contiguous(),
-            "arena",
-            self.arena,
-            "a contiguous one-dimensional tensor",
-        )
-        _require(
-            self.arena.dtype in (torch.bfloat16, torch.float16, torch.float32),
-            "arena",
-            self.arena,
-            "bfloat16, float16 or float32",
-        )
-        on_device = self.expert_slot.device == self.arena.device
-        fits = self.expert_slot.dim() == 1 and self.expert_slot.dtype == torch.int32 and on_device
-        _require(fits, "expert_slot", self.expert_slot, f"int32 [experts] on {self.arena.device}")
         for name, value in (("hidden", self.hidden), ("inner", self.inner)):
             if value <= 0 or value % 64:
                 raise ValueError(f"{name} is {value}, expected a positive multiple of 64")
+        for name, arena in (("up.arena", self.up.arena), ("down.arena", self.down.arena)):
+            _require(arena.dim() == 1 and arena.is_contiguous(), name, arena, "a contiguous one-dimensional tensor")
+            _require(arena.dtype in DTYPES, name, arena, "bfloat16, float16 or float32")
+            same = arena.dtype == self.dtype and arena.device == self.device
+            _require(same, name, arena, f"{self.dtype} on {self.device}, as up.arena")
+        slots = self.expert_slot
+        fits = slots.dim() == 1 and slots.dtype == torch.int32 and slots.device == self.device
+        _require(fits, "expert_slot", slots, f"int32 [experts] on {self.device}")
         for name, bias, columns in (
             ("up_bias", self.up_bias, 2 * self.inner),
             ("down_bias", self.down_bias, self.hidden),
         ):
-            expected = (len(self.expert_slot), columns)
             if bias is not None:
-                fits = tuple(bias.shape) == expected and bias.device == self.arena.device and bias.is_contiguous()
-                _require(fits, name, bias, f"contiguous {list(expected)} on {self.arena.device}")
+                expected = (len(slots), columns)
+                fits = tuple(bias.shape) == expected and bias.device == self.device and bias.is_contiguous()
+                _require(fits, name, bias, f"contiguous {list(expected)} on {self.device}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.up.arena.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.up.arena.device
 
     def shape(self, top_k: int) -> LayerShape:
         """What plans are chosen by."""
         return LayerShape(
             num_experts=len(self.expert_slot), hidden=self.hidden, inner=self.inner, top_k=top_k,
-            dtype=str(self.arena.dtype).removeprefix("torch."), transposed=self.transposed, interleaved=self.interleaved,
+            dtype=str(self.dtype).removeprefix("torch."), transposed=self.transposed, interleaved=self.interleaved,
         )  # fmt: skip
 
     def matrices(self, slot: int) -> tuple[Tensor, Tensor]:
         """Views [2I, H] and [H, I] of one slot."""
-        begin = slot * self.slot_stride
-        sizes = ((2 * self.inner, self.hidden), (self.hidden, self.inner))
-        stored = []
-        for offset, (rows, columns) in zip((self.up_offset, self.down_offset), sizes, strict=True):
-            flat = self.arena[begin + offset : begin + offset + rows * columns]
-            stored.append(flat.view(columns, rows).t() if self.transposed else flat.view(rows, columns))
-        return stored[0], stored[1]
+        sizes = ((self.up, 2 * self.inner, self.hidden), (self.down, self.hidden, self.inner))
+        views = []
+        for stored, rows, columns in sizes:
+            begin = slot * stored.slot_stride + stored.offset
+            flat = stored.arena[begin : begin + rows * columns]
+            views.append(flat.view(columns, rows).t() if self.transposed else flat.view(rows, columns))
+        return views[0], views[1]
 
-    def descriptor(self, offset: int, rows: int, columns: int, box: tuple[int, int]) -> Any:
-        """For the tensor-memory accelerator: [slots, rows, columns] as stored, read in boxes [1, *box]; None where it cannot read them."""
+    def box(self, stored: Stored, rows: int, columns: int, box: tuple[int, int]) -> Any:
+        """A descriptor of [slots, rows, columns] for the tensor-memory accelerator, read in boxes [1, *box]; None where it cannot: it
+        wants addresses and strides in multiples of 16 bytes."""
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        key = (offset, rows, columns, box)
+        key = (stored is self.up, rows, columns, box)
         if key not in self._descriptors:
-            width = self.arena.element_size()
-            starts = self.arena.data_ptr() + offset * width
-            aligned = not (starts % 16 or self.slot_stride * width % 16 or columns * width % 16)
-            slots = (self.arena.numel() - offset - rows * columns) // self.slot_stride + 1
+            width, first = stored.arena.element_size(), stored.arena[stored.offset :]
+            aligned = not (first.data_ptr() % 16 or stored.slot_stride * width % 16 or columns * width % 16)
+            slots = (len(first) - rows * columns) // stored.slot_stride + 1
+            fits = aligned and max(box) <= LARGEST_BOX
             self._descriptors[key] = (
-                TensorDescriptor(self.arena[offset:], [slots, rows, columns], [self.slot_stride, columns, 1], [1, *box])
-                if aligned and max(box) <= BOX
+                TensorDescriptor(first, [slots, rows, columns], [stored.slot_stride, columns, 1], [1, *box])
+                if fits
                 else None
             )
         return self._descriptors[key]
@@ -221,12 +231,12 @@ def _gemv(
         "TRANSPOSED": experts.transposed,
     }
     kernels.gemv_up[(tokens * top_k, triton.cdiv(experts.inner, plan.up.columns))](
-        hidden, experts.arena, _or(experts.up_bias, hidden), ids, experts.expert_slot, inner, experts.slot_stride, experts.up_offset,
+        hidden, experts.up.arena, _or(experts.up_bias, hidden), ids, experts.expert_slot, inner, experts.up.slot_stride, experts.up.offset,
         hidden.stride(0), **sizes, **_epilogue(experts), BN=plan.up.columns, BK=plan.up.depth, num_warps=plan.up.warps,
     )  # fmt: skip
     kernels.gemv_down[(tokens, triton.cdiv(experts.hidden, plan.down.columns))](
-        inner, experts.arena, _or(experts.down_bias, hidden), ids, _or(weights, hidden), experts.expert_slot, output, experts.slot_stride,
-        experts.down_offset, **sizes, HAS_BIAS=experts.down_bias is not None, SUM=weights is not None,
+        inner, experts.down.arena, _or(experts.down_bias, hidden), ids, _or(weights, hidden), experts.expert_slot, output,
+        experts.down.slot_stride, experts.down.offset, **sizes, HAS_BIAS=experts.down_bias is not None, SUM=weights is not None,
         BN=plan.down.columns, BK=plan.down.depth, num_warps=plan.down.warps,
     )  # fmt: skip
 
@@ -247,10 +257,10 @@ def up_product(hidden: Tensor, top_k: int, experts: ExpertWeights, schedule: Sch
     inner = hidden.new_empty(len(schedule.order), experts.inner)
     tiles, total, bound = schedule.of(tile.rows)
     rows = tile.columns * (2 if experts.interleaved else 1)
-    descriptor = _weight_box(experts, experts.up_offset, 2 * experts.inner, experts.hidden, rows, tile)
+    descriptor = _weight_box(experts, experts.up, 2 * experts.inner, experts.hidden, rows, tile)
     kernels.grouped_up[_grid(bound, experts.inner, tile, hidden)](
-        hidden, experts.arena, _or(descriptor, experts.arena), _or(experts.up_bias, hidden), schedule.order, inner, tiles, total,
-        experts.slot_stride, experts.up_offset, hidden.stride(0), H=experts.hidden, INNER=experts.inner, TOP_K=top_k,
+        hidden, experts.up.arena, _or(descriptor, hidden), _or(experts.up_bias, hidden), schedule.order, inner, tiles, total,
+        experts.up.slot_stride, experts.up.offset, hidden.stride(0), H=experts.hidden, INNER=experts.inner, TOP_K=top_k,
         TRANSPOSED=experts.transposed, **_epilogue(experts), **_constants(tile, descriptor is not None),
     )  # fmt: skip
     return inner
@@ -262,11 +272,11 @@ def down_product(inner: Tensor, experts: ExpertWeights, schedule: Schedule, tile
 
     rows = inner.new_empty(len(inner), experts.hidden)
     tiles, total, bound = schedule.of(tile.rows)
-    descriptor = _weight_box(experts, experts.down_offset, experts.hidden, experts.inner, tile.columns, tile)
+    descriptor = _weight_box(experts, experts.down, experts.hidden, experts.inner, tile.columns, tile)
     packed = _row_box(inner, tile) if tile.packed else None
     kernels.grouped_down[_grid(bound, experts.hidden, tile, inner)](
-        inner, _or(packed, inner), experts.arena, _or(descriptor, experts.arena), _or(experts.down_bias, inner), schedule.order, rows,
-        tiles, total, experts.slot_stride, experts.down_offset, H=experts.hidden, INNER=experts.inner, TRANSPOSED=experts.transposed,
+        inner, _or(packed, inner), experts.down.arena, _or(descriptor, inner), _or(experts.down_bias, inner), schedule.order, rows,
+        tiles, total, experts.down.slot_stride, experts.down.offset, H=experts.hidden, INNER=experts.inner, TRANSPOSED=experts.transposed,
         HAS_BIAS=experts.down_bias is not None, PACKED=packed is not None, **_constants(tile, descriptor is not None),
     )  # fmt: skip
     return rows
@@ -280,12 +290,12 @@ def _row_box(rows: Tensor, tile: Tile) -> Any:
     return TensorDescriptor.from_tensor(rows, [tile.rows, tile.depth]) if aligned else None
 
 
-def _weight_box(experts: ExpertWeights, offset: int, rows: int, columns: int, box_rows: int, tile: Tile) -> Any:
+def _weight_box(experts: ExpertWeights, stored: Stored, rows: int, columns: int, box_rows: int, tile: Tile) -> Any:
     if not tile.tma:
         return None
     if experts.transposed:
-        return experts.descriptor(offset, columns, rows, (tile.depth, box_rows))
-    return experts.descriptor(offset, rows, columns, (box_rows, tile.depth))
+        return experts.box(stored, columns, rows, (tile.depth, box_rows))
+    return experts.box(stored, rows, columns, (box_rows, tile.depth))
 
 
 def _grid(bound: int, columns: int, tile: Tile, like: Tensor) -> tuple[int]:
@@ -316,14 +326,14 @@ def _or(value: Any, stand_in: Tensor) -> Any:
 
 
 def _check(hidden: Tensor, top_k_index: Tensor, experts: ExpertWeights) -> None:
-    device = experts.arena.device
+    device = experts.device
     fits = hidden.dim() == 2 and hidden.shape[1] == experts.hidden and hidden.stride(1) == 1
-    fits = fits and hidden.dtype == experts.arena.dtype and hidden.device == device
+    fits = fits and hidden.dtype == experts.dtype and hidden.device == device
     _require(
         fits,
         "hidden",
         hidden,
-        f"{experts.arena.dtype} [tokens, {experts.hidden}] on {device}, its last dimension contiguous",
+        f"{experts.dtype} [tokens, {experts.hidden}] on {device}, its last dimension contiguous",
     )
     fits = (
         top_k_index.dim() == 2 and len(top_k_index) == len(hidden) and top_k_index.dtype in (torch.int32, torch.int64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -137,5 +138,7 @@ def device_key(device_name: str) -> str:
 
 @lru_cache(maxsize=8)
 def table_of(device_name: str) -> Table:
-    """The table kept in the package for a device, by the name that CUDA gives it."""
-    return read_table(PLANS / f"{device_key(device_name)}.json")
+    """The table of a device, by the name that CUDA gives it: that of the package, with what the folder FLEXPERT_PLANS has on top."""
+    file_name = f"{device_key(device_name)}.json"
+    own = os.environ.get("FLEXPERT_PLANS")
+    return {**read_table(PLANS / file_name), **(read_table(Path(own) / file_name) if own else {})}

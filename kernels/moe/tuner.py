@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexpert.kernels.moe.layer import Activation, ExpertWeights, _gemv, down_product, moe_forward, up_product
+from flexpert.kernels.moe.layer import Activation, ExpertWeights, Stored, _gemv, down_product, moe_forward, up_product
 from flexpert.kernels.moe.plan import GemvTile, LayerShape, Plan, Tile, heuristic
 from flexpert.kernels.moe.routing import BLOCK_SIZES, route
 from flexpert.kernels.moe.timing import graph_time, routing
@@ -122,7 +122,7 @@ def random_weights(
         ]
         found.append(
             ExpertWeights(
-                arena, slab, 0, 2 * shape.hidden * shape.inner, table, shape.hidden, shape.inner,
+                Stored(arena, slab), Stored(arena, slab, 2 * shape.hidden * shape.inner), table, shape.hidden, shape.inner,
                 Activation("clamped" if biased else "silu"), shape.transposed, shape.interleaved, *(bias if biased else ()),
             )
         )  # fmt: skip
@@ -141,7 +141,7 @@ def compile_all(shape: LayerShape, processes: int | None = None) -> None:
 
 def _compile(shape: LayerShape, jobs: list[tuple[str, Any]]) -> None:
     experts = random_weights(shape, sets=1, resident=1)[0]
-    hidden = torch.zeros(1, shape.hidden, dtype=experts.arena.dtype, device="cuda")
+    hidden = torch.zeros(1, shape.hidden, dtype=experts.dtype, device="cuda")
     ids, weights = routing(1, shape.num_experts, shape.top_k, skew=0, seed=0, device="cuda")
     schedule = route(ids, experts.expert_slot)
     inner = hidden.new_zeros(shape.top_k, shape.inner)
@@ -193,7 +193,7 @@ class Tuner:
 
     def _inputs(self, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         ids, weights = routing(tokens, self.shape.num_experts, self.shape.top_k, skew=0, seed=seed, device="cuda")
-        return torch.randn(tokens, self.shape.hidden, device="cuda").to(self.experts[0].arena.dtype), ids, weights
+        return torch.randn(tokens, self.shape.hidden, device="cuda").to(self.experts[0].dtype), ids, weights
 
     def _gemv_plans(self, inputs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Plan]:
         """The best of both products, found one after the other: the first with a fixed second."""

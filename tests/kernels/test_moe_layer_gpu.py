@@ -1,0 +1,151 @@
+"""The Triton MoE layer on a GPU: bits, graphs, sizes that an interpreter cannot try, and transformers' own models as oracle."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tests.families import make_model
+from torch import Tensor
+
+from flexpert.kernels import register
+from flexpert.kernels.moe import ExpertWeights, LayerShape, Stored, forward_reference, moe_forward
+from flexpert.kernels.moe.timing import routing
+
+pytestmark = pytest.mark.gpu
+
+SHAPE = LayerShape(num_experts=64, hidden=2048, inner=1024, top_k=8)
+
+
+@pytest.fixture(scope="module")
+def experts() -> ExpertWeights:
+    from flexpert.kernels.moe.tuner import random_weights
+
+    return random_weights(SHAPE, sets=1)[0]
+
+
+def batch(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    ids, weights = routing(tokens, SHAPE.num_experts, SHAPE.top_k, skew=0, seed=seed, device="cuda")
+    return torch.randn(tokens, SHAPE.hidden, device="cuda").bfloat16(), ids, weights
+
+
+def torch_loop(hidden: Tensor, ids: Tensor, weights: Tensor, experts: ExpertWeights) -> Tensor:
+    """bfloat16 throughout, expert by expert."""
+    output = torch.zeros_like(hidden)
+    for expert, slot in enumerate(experts.expert_slot.tolist()):
+        tokens, place = torch.where(ids == expert)
+        up, down = experts.matrices(slot)
+        gate, value = (hidden[tokens] @ up.T).chunk(2, dim=1)
+        rows = (torch.nn.functional.silu(gate) * value) @ down.T
+        output.index_add_(0, tokens, (rows * weights[tokens, place, None]).bfloat16())
+    return output
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 33, 300, 2049])
+def test_error_is_at_most_twice_that_of_a_torch_loop(tokens: int, experts: ExpertWeights) -> None:
+    given = batch(tokens)
+    expected = forward_reference(*given, experts)
+    worst = (torch_loop(*given, experts).float() - expected).abs().max()
+    assert (moe_forward(*given, experts).float() - expected).abs().max() <= 2 * worst
+
+
+@pytest.mark.parametrize("tokens", [3, 64, 1500])
+def test_a_hundred_runs_have_the_same_bits(tokens: int, experts: ExpertWeights) -> None:
+    hidden, ids, weights = batch(tokens)
+    first = moe_forward(hidden, ids, weights, experts)
+    assert all(torch.equal(moe_forward(hidden, ids, weights, experts), first) for _ in range(100))
+    turned = torch.randperm(tokens, device="cuda")
+    assert torch.equal(moe_forward(hidden[turned], ids[turned], weights[turned], experts), first[turned])
+
+
+@pytest.mark.parametrize("tokens", [4, 96, 700])
+def test_one_capture_serves_every_routing(tokens: int, experts: ExpertWeights) -> None:
+    """A hundred routings, among them all to one expert, half of the experts empty, repeated ids and padding; no host synchronisation."""
+    hidden, ids, weights = batch(tokens)
+    moe_forward(hidden, ids, weights, experts)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moe_forward(hidden, ids, weights, experts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = moe_forward(hidden, ids, weights, experts)
+    for seed in range(100):
+        other = batch(tokens, seed)
+        kind = seed % 5
+        if kind == 1:
+            other[1].fill_(seed % SHAPE.num_experts)
+        elif kind == 2:
+            other[1].remainder_(SHAPE.num_experts // 2)
+        elif kind == 3:
+            other[1][:, 1] = other[1][:, 0]
+        elif kind == 4:
+            other[1][tokens // 2 :] = -1
+        for held, new in zip((hidden, ids, weights), other, strict=True):
+            held.copy_(new)
+        output.fill_(float("nan"))
+        graph.replay()
+        expected = forward_reference(*other, experts)
+        torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
+
+
+def test_weights_move_under_a_captured_graph(experts: ExpertWeights) -> None:
+    slab = experts.up.slot_stride
+    arena = torch.cat([experts.up.arena, torch.full((slab,), float("nan"), device="cuda").bfloat16()])
+    offset = experts.down.offset
+    moved = ExpertWeights(
+        Stored(arena, slab), Stored(arena, slab, offset), experts.expert_slot.clone(), SHAPE.hidden, SHAPE.inner
+    )
+    given = batch(96)
+    moe_forward(*given, moved)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = moe_forward(*given, moved)
+    graph.replay()
+    before, free = output.clone(), SHAPE.num_experts
+    for expert in (0, 17, 63):
+        slot = int(moved.expert_slot[expert])
+        arena[free * slab :][:slab] = arena[slot * slab :][:slab]
+        arena[slot * slab :][:slab] = float("nan")
+        moved.expert_slot[expert], free = free, slot
+        graph.replay()
+        assert torch.equal(output, before)
+
+
+def test_slots_beyond_two_billion_elements_are_read() -> None:
+    hidden, inner = 4096, 14336
+    slab = 3 * hidden * inner
+    slots = (1 << 31) // slab + 2
+    arena = torch.empty(slots * slab, dtype=torch.bfloat16, device="cuda")
+    arena[-slab:].normal_(0, hidden**-0.5)
+    table = torch.tensor([slots - 1], dtype=torch.int32, device="cuda")
+    experts = ExpertWeights(Stored(arena, slab), Stored(arena, slab, 2 * hidden * inner), table, hidden, inner)
+    for tokens in (1, 40, 300):
+        x = torch.randn(tokens, hidden, device="cuda").bfloat16()
+        ids, weights = torch.zeros(tokens, 1, dtype=torch.int64, device="cuda"), torch.ones(tokens, 1, device="cuda")
+        expected = forward_reference(x, ids, weights, experts)
+        torch.testing.assert_close(
+            moe_forward(x, ids, weights, experts).float(), expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max())
+        )
+
+
+WIDE = {"hidden_size": 128, "moe_intermediate_size": 64, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe", "gpt_oss"])
+def test_transformers_models_give_the_same_logits(family: str) -> None:
+    reference = make_model(family, **WIDE).to("cuda", torch.bfloat16)
+    reference.set_experts_implementation("eager")
+    model = copy.deepcopy(reference)
+    model.set_experts_implementation(register())
+    tokens = torch.arange(40, device="cuda")[None]
+    with torch.inference_mode():
+        expected, found = reference(tokens).logits.float(), model(tokens).logits.float()
+    torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2 * float(expected.abs().max()))
+    used = [module.flexpert_experts.func for module in model.modules() if hasattr(module, "flexpert_experts")]
+    assert used
+    assert all(function is moe_forward for function in used)
