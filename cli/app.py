@@ -10,6 +10,7 @@ import typer
 
 import flexpert
 from flexpert.cli.errors import CommandError
+from flexpert.cli.kernels import app as kernels_app
 from flexpert.cli.loadtest_command import loadtest
 from flexpert.cli.options import owner, parse_bytes, parse_time
 from flexpert.cli.policy import app as policy_app
@@ -33,6 +34,7 @@ app = typer.Typer(
 hbm_app = typer.Typer(help="Look after the HBM manager, the process that owns weights and KV.", no_args_is_help=True)
 app.add_typer(hbm_app, name="hbm")
 app.add_typer(policy_app, name="policy")
+app.add_typer(kernels_app, name="kernels")
 register_simulation(app)
 app.command()(loadtest)
 
