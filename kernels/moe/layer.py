@@ -159,8 +159,8 @@ def moe_forward(
 
 
 def moe_rows(hidden: Tensor, top_k_index: Tensor, experts: ExpertWeights, plan: Plan | None = None) -> Tensor:
-    """One unweighted row for each (token, k), [tokens, k, H], for the home rank to sum; of absent experts unwritten. With the same plan,
-    `moe_forward` gives these rows weighted and summed in top-k order, bit for bit."""
+    """One unweighted row for each (token, k), [tokens, k, H], for the home rank to sum; of absent experts unwritten. With the same plan
+    `moe_forward` sums these very rows, weighted, in top-k order."""
     _check(hidden, top_k_index, experts)
     tokens, top_k = top_k_index.shape
     if not tokens:
