@@ -80,6 +80,8 @@ class TransformersPeer:
         self.modules = [_module(shape, up, down, implementation) for up, down in sets]
 
     def runs(self, tokens: int) -> bool:
+        if self.implementation == "eager" and self.shape.resident < self.shape.experts:
+            return False  # it indexes by ids, so absent experts end the process's CUDA context
         if self.implementation == "batched_mm":
             return tokens * self.shape.top_k * self.shape.expert_bytes <= BATCHED_BYTES
         return True
