@@ -6,8 +6,9 @@
 Times are of calls in a captured graph that is replayed (transformers' eager loop cannot be captured: launched as it is), over four
 sets of weights and routings in turn, so that the L2 cache flatters no one; median, p10 and p90. The floor of a cell is
 max(flops / dense rate, bytes / copy rate), both rates measured at the start: 8192^3 and 4096^3 products, a copy of 1 GiB (the faster of
-the driver's and a kernel's) counted as read and written. Bytes are those of the experts that the routing hits, of the tokens in and out, and of one row for each (token, k), written and
-read. "products" compares only the two products, sorted rows given: with torch's grouped_mm, which leaves the activation out.
+the driver's and a kernel's) counted as read and written. Bytes are those of the experts that the routing hits, of the tokens in and out,
+and of one row for each (token, k), written and read. "products" compares only the two products, sorted rows given: with torch's grouped_mm,
+which leaves the activation out.
 """
 
 from __future__ import annotations
