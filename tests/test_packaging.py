@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-DATA_FOLDERS = ("workers/builtin_model/", "loadtest/excerpts/", "simulator/profiles/")
+DATA_FOLDERS = ("workers/builtin_model/", "loadtest/excerpts/", "simulator/profiles/", "kernels/moe/plans/")
 
 
 @pytest.fixture(scope="module")
