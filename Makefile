@@ -73,6 +73,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the test and lint tools into $(VENV)"
 	@$(PIP_INSTALL) -e ".[dev]"
+	@$(COMPILE)
 	@touch $@
 
 clean: ## remove caches and build output
