@@ -113,7 +113,7 @@ class ShapeRun:
             try:
                 self.peers[name] = PEERS[name](shape, sets)
             except Exception as error:
-                self.notes[name] = _said(error)
+                self.notes[name] = said(error)
 
     def cell(self, tokens: int, routing_name: str) -> dict[str, Any]:
         inputs = inputs_of(self.shape, tokens, SKEWS[routing_name])
@@ -135,7 +135,7 @@ class ShapeRun:
             try:
                 row["peers_s"][name] = self._peer(name, peer, inputs, reference, row)
             except Exception as error:
-                row["not_run"][name] = _said(error)
+                row["not_run"][name] = said(error)
         return row
 
     def _peer(self, name: str, peer: Any, inputs: Inputs, reference: Tensor, row: dict[str, Any]) -> float:
@@ -162,13 +162,14 @@ class ShapeRun:
         schedules = [route(ids, e.expert_slot) for (_, ids, _), e in zip(inputs, self.experts, strict=True)]
 
         def call(i: int) -> object:
-            inner = layer.up_product(inputs[i][0], self.shape.top_k, self.experts[i], schedules[i], plan.up)
-            return layer.down_product(inner, self.experts[i], schedules[i], plan.down)
+            inner = layer.up_product(layer.Rows(inputs[i][0]), self.shape.top_k, self.experts[i], schedules[i], plan.up)
+            return layer.down_product(inner, self.experts[i], schedules[i], plan.down, torch.bfloat16)
 
         return timed([lambda i=i: call(i) for i in range(SETS)], True).median
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """Kind and first line."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexpert.kernels.moe import ExpertWeights
+
 Call = Callable[[Tensor, Tensor, Tensor], object]
 BATCHED_BYTES = 6 << 30  # transformers' batched_mm copies an expert for each pair: not beyond this
 
@@ -164,6 +166,47 @@ class VllmPeer:
             return self.fused_experts(hidden, up, down, weights, ids.int(), **self.options)
 
         return run
+
+
+class VllmFp8Peer:
+    """The same with weights in fp8 and scales for blocks of 128 x 128; rows are quantised in groups of 128 columns."""
+
+    def __init__(self, shape: Shape, layers: list[ExpertWeights]) -> None:
+        from vllm.model_executor.layers.fused_moe import config, fused_moe
+
+        self.fused_experts = fused_moe.fused_experts
+        self.sets = [_fp8_tensors(layer) for layer in layers]
+        self.options: list[dict[str, Any]] = []
+        for _, _, up_scale, down_scale in self.sets:
+            quant = config.fp8_w8a8_moe_quant_config(up_scale, down_scale, block_shape=[128, 128])
+            self.options.append({"global_num_experts": shape.experts, "quant_config": quant})
+            if shape.resident < shape.experts:
+                places = torch.full((shape.experts,), -1, dtype=torch.int32, device="cuda")
+                places[: shape.resident] = torch.arange(shape.resident, device="cuda")
+                self.options[-1]["expert_map"] = places
+
+    def call(self, number: int) -> Call:
+        up, down, _, _ = self.sets[number]
+
+        def run(hidden: Tensor, ids: Tensor, weights: Tensor) -> object:
+            return self.fused_experts(hidden, up, down, weights, ids.int(), **self.options[number])
+
+        return run
+
+
+def _fp8_tensors(layer: ExpertWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[resident, 2I, H], [resident, H, I] and their scales, copied together."""
+    slots = [slot for slot in layer.expert_slot.tolist() if slot >= 0]
+    sizes = ((2 * layer.inner, layer.hidden), (layer.hidden, layer.inner))
+    weights, scales = [], []
+    for (rows, columns), stored, scale in zip(
+        sizes, (layer.up, layer.down), (layer.up_scale, layer.down_scale), strict=True
+    ):
+        assert scale is not None
+        blocks = (rows // 128, columns // 128)
+        weights.append(torch.stack([stored.of_slot(slot, rows * columns).view(rows, columns) for slot in slots]))
+        scales.append(torch.stack([scale.of_slot(slot, blocks[0] * blocks[1]).view(blocks) for slot in slots]))
+    return weights[0], weights[1], scales[0], scales[1]
 
 
 def _module(shape: Shape, up: Tensor, down: Tensor, implementation: str) -> nn.Module:

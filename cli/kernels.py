@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from flexpert.cli.errors import CommandError
 if TYPE_CHECKING:
     from flexpert.kernels.moe.plan import LayerShape
 
+DTYPES = ("bfloat16", "fp8-w8a16", "fp8-w8a8")
 app = typer.Typer(help="Look after the kernels of the MoE layer.", no_args_is_help=True)
 
 
@@ -29,15 +31,19 @@ def tune(
     tokens: Annotated[
         str, typer.Option(metavar="N,...", help="Token counts to tune for. [default: powers of two up to 16384]")
     ] = "",
+    dtype: Annotated[
+        str,
+        typer.Option(metavar="DTYPE", help="Of the weights: bfloat16, fp8-w8a16 or fp8-w8a8 (rows may be fp8 too)."),
+    ] = "bfloat16",
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder of the table; FLEXPERT_PLANS=DIR makes it used.")
     ] = Path(),
 ) -> None:
     """Time the layer's kernels on this GPU with many tiles, at each token count, and keep the best. Takes minutes; serve nothing else."""
-    run_tune(model=model, tokens=parse_tokens(tokens), out=out)
+    run_tune(model=model, tokens=parse_tokens(tokens), dtype=dtype, out=out)
 
 
-def run_tune(*, model: str | None, tokens: tuple[int, ...], out: Path) -> None:
+def run_tune(*, model: str | None, tokens: tuple[int, ...], dtype: str, out: Path) -> None:
     """Raises CommandError."""
     import torch
 
@@ -45,6 +51,8 @@ def run_tune(*, model: str | None, tokens: tuple[int, ...], out: Path) -> None:
         raise CommandError(
             "device", "no CUDA device is visible here; plans are found by timing on the GPU that will serve"
         )
+    if dtype not in DTYPES:
+        raise CommandError("usage", f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if not out.is_dir():
         raise CommandError("directory", f"--out {out}: no such folder; make it first")
     import triton
@@ -53,7 +61,7 @@ def run_tune(*, model: str | None, tokens: tuple[int, ...], out: Path) -> None:
     from flexpert.kernels.moe import tuner
     from flexpert.kernels.moe.plan import device_key
 
-    shape = layer_shape(resolve_model(model).directory)
+    shape = with_dtype(layer_shape(resolve_model(model).directory), dtype)
     path = out / f"{device_key(torch.cuda.get_device_name())}.json"
     entries = tuner.tune(shape, tokens or tuner.TOKENS, say=typer.echo)
     tuner.write_table(path, {shape.key: entries}, {"torch": torch.__version__, "triton": triton.__version__})
@@ -82,6 +90,19 @@ def layer_shape(model_dir: Path) -> LayerShape:
         num_experts=layer.num_experts, hidden=hidden, inner=inner, top_k=servable.config.get_text_config().num_experts_per_tok,
         transposed=layer.transposed, interleaved=layer.interleaved,
     )  # fmt: skip
+
+
+def with_dtype(shape: LayerShape, dtype: str) -> LayerShape:
+    """The same layer with weights of one of DTYPES. Raises CommandError where the fp8 kernels do not take it."""
+    if dtype == "bfloat16":
+        return shape
+    if shape.hidden % 128 or shape.inner % 128 or shape.transposed:
+        stored = "transposed" if shape.transposed else "as they come"
+        raise CommandError(
+            "model",
+            f"hidden size {shape.hidden}, inner size {shape.inner}, matrices stored {stored}: fp8 takes multiples of 128, not transposed",
+        )
+    return replace(shape, dtype="float8_e4m3fn", quantize_rows=dtype == "fp8-w8a8")
 
 
 def parse_tokens(text: str) -> tuple[int, ...]:

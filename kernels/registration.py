@@ -2,8 +2,8 @@
 
 `register()` adds the experts implementation "flexpert"; a model built with `experts_implementation="flexpert"` then calls
 `run_experts`. Modules that the binder prepared carry their slabs. The kernels also work alone, without a cluster: on a GPU a module's own
-3-D parameters are read in place by the Triton kernels, where its activation, dtype and sizes are ones they have; otherwise, and on the
-CPU, the parameters are copied into slabs once.
+3-D parameters are read in place by the Triton kernels, where its activation, dtype and sizes are ones they have, fp8 with block scales
+among them; otherwise, and on the CPU, the parameters are copied into slabs once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flexpert.kernels.experts import ExpertSlabs, SlabPart, experts_forward
 from flexpert.kernels.moe import Activation, ExpertWeights, Stored, moe_forward
+from flexpert.kernels.moe.weights import FP8, SCALE_BLOCK
 
 IMPLEMENTATION = "flexpert"
 HALVES = (torch.bfloat16, torch.float16)
@@ -22,23 +23,40 @@ HALVES = (torch.bfloat16, torch.float16)
 
 def register() -> str:
     """Register the experts implementation and return its name. Idempotent."""
+    from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
     from transformers.integrations.moe import ExpertsInterface
 
-    ExpertsInterface.register(IMPLEMENTATION, run_experts)
+    for interface in (ExpertsInterface, FP8ExpertsInterface):
+        interface.register(IMPLEMENTATION, run_experts)
     return IMPLEMENTATION
 
 
 def run_experts(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """[tokens, H] -> [tokens, H], without gradients; what transformers calls in place of an experts module's forward."""
+    """[tokens, H] -> [tokens, H], without gradients; what transformers calls in place of an experts module's forward. Raises ValueError
+    for experts that the kernels do not have."""
     with torch.no_grad():
         if getattr(module, "flexpert_experts", None) is None:
-            weights = triton_weights(module)
-            module.flexpert_experts = (
-                partial(moe_forward, experts=weights)
-                if weights is not None
-                else partial(experts_forward, slabs=_slabs_of_parameters(module))
-            )
+            module.flexpert_experts = _computation(module)
         return module.flexpert_experts(hidden, top_k_index, top_k_weights)
+
+
+def _computation(module: nn.Module):  # type: ignore[no-untyped-def]
+    if getattr(module, "has_post_expert_norm", False):
+        raise ValueError(
+            f"{type(module).__name__} normalises each expert's rows, expected experts without; choose another experts_implementation"
+        )
+    weights = triton_weights(module)
+    if weights is not None:
+        return partial(moe_forward, experts=weights)
+    stored = getattr(module, up_name(module))
+    if stored.dtype not in (*HALVES, torch.float32):
+        blocks = getattr(module, "block_size", None)
+        raise ValueError(
+            f"experts in {stored.dtype} on {stored.device} with scales in blocks of {blocks}, expected float8_e4m3fn on a GPU in blocks "
+            f"of {SCALE_BLOCK} x {SCALE_BLOCK} with float32 scales, sizes in multiples of {SCALE_BLOCK} and a gated activation; load the "
+            "model dequantised or choose another experts_implementation"
+        )
+    return partial(experts_forward, slabs=_slabs_of_parameters(module))
 
 
 def up_name(module: nn.Module) -> str:
@@ -52,12 +70,17 @@ def activation(module: nn.Module):  # type: ignore[no-untyped-def]
 
 
 def triton_weights(module: nn.Module) -> ExpertWeights | None:
-    """The module's parameters as the Triton kernels read them, in place; None where they cannot."""
+    """The module's parameters as the Triton kernels read them, in place; None where they cannot. Rows are quantised where the checkpoint's
+    scheme does so."""
     act = _triton_activation(module)
     up, down = getattr(module, up_name(module)).detach(), module.down_proj.detach()
-    inner, hidden = (down.shape[1], down.shape[2]) if module.is_transposed else (down.shape[2], down.shape[1])
+    transposed = getattr(module, "is_transposed", False)
+    inner, hidden = (down.shape[1], down.shape[2]) if transposed else (down.shape[2], down.shape[1])
+    scales = [_block_scales(module, name) for name in (up_name(module), "down_proj")]
+    scaled, unit = up.dtype == FP8, SCALE_BLOCK if up.dtype == FP8 else 64
     in_place = up.is_cuda and up.is_contiguous() and down.is_contiguous() and up.dtype == down.dtype
-    if act is None or not in_place or up.dtype not in HALVES or hidden % 64 or inner % 64:
+    known = None not in scales if scaled else up.dtype in HALVES
+    if act is None or not in_place or not known or hidden % unit or inner % unit:
         return None
     return ExpertWeights(
         Stored(up.view(-1), up[0].numel()),
@@ -66,11 +89,23 @@ def triton_weights(module: nn.Module) -> ExpertWeights | None:
         hidden,
         inner,
         act,
-        module.is_transposed,
+        transposed,
         act.name == "clamped",
         getattr(module, f"{up_name(module)}_bias", None),
         getattr(module, "down_proj_bias", None),
+        up_scale=scales[0],
+        down_scale=scales[1],
+        quantize_rows=scaled and getattr(module, "activation_scheme", None) == "dynamic",
     )
+
+
+def _block_scales(module: nn.Module, name: str) -> Stored | None:
+    """Where the scales of a matrix lie, if they are float32 for blocks of 128 x 128."""
+    scale = getattr(module, f"{name}_scale_inv", None)
+    blocks = getattr(module, "block_size", None)
+    if scale is None or scale.dtype != torch.float32 or blocks is None or tuple(blocks) != (SCALE_BLOCK, SCALE_BLOCK):
+        return None
+    return Stored(scale.detach().contiguous().view(-1), scale[0].numel())
 
 
 def _triton_activation(module: nn.Module) -> Activation | None:

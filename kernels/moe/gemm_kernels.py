@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flexpert.kernels.moe.fp8_kernels import SCALE_BLOCK, quantize
+
 
 @triton.jit
 def _activate(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
@@ -45,20 +47,49 @@ def _tile(tiles, total, index, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _product(rows, weights, total, SWAP: tl.constexpr):
-    """rows [M, K], weights [N, K]: [M, N] added to total, or [N, M] where swapped."""
-    if SWAP:
-        return tl.dot(weights, tl.trans(rows), total)
+def _product(rows, weights, factor, total, SCALED: tl.constexpr, SWAP: tl.constexpr):
+    """rows [M, K], weights [N, K]: [M, N] added to total, or [N, M] where swapped; times the factor where scaled."""
+    if SCALED:
+        weights = weights.to(rows.dtype)
+        product = tl.dot(weights, tl.trans(rows)) if SWAP else tl.dot(rows, tl.trans(weights))
+        total += product * factor
+    elif SWAP:
+        total = tl.dot(weights, tl.trans(rows), total)
     else:
-        return tl.dot(rows, tl.trans(weights), total)
+        total = tl.dot(rows, tl.trans(weights), total)
+    return total
+
+
+@triton.jit
+def _factor(
+    weights, slot, row, column, row_scale,
+    rows_end, K: tl.constexpr, BN: tl.constexpr, SCALED: tl.constexpr, SCALED_ROWS: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    """What a product of weights [BN, ..] from (row, column) on is multiplied by, ready to be broadcast; 1 where nothing is scaled."""
+    if SCALED:
+        _, _, _, _, scales, scale_stride, scale_offset = weights
+        at = scales + slot.to(tl.int64) * scale_stride + scale_offset + column // SCALE_BLOCK
+        if BN <= SCALE_BLOCK:
+            factor = tl.full((1, 1), 1.0, tl.float32) * tl.load(at + row // SCALE_BLOCK * (K // SCALE_BLOCK))
+        else:
+            n = (row + tl.arange(0, BN)) % rows_end
+            by_row = tl.load(at + n // SCALE_BLOCK * (K // SCALE_BLOCK))
+            factor = by_row[:, None] if SWAP else by_row[None, :]
+        if SCALED_ROWS:
+            factor *= row_scale[None, :] if SWAP else row_scale[:, None]
+    else:
+        factor = 1.0
+    return factor
 
 
 @triton.jit
 def _weights(
-    matrix, descriptor, slot, row, column,
+    weights, slot, row, column,
     rows_end, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """[BN, BK] of a stored [N, K] (or [K, N] where transposed) from (row, column) on; rows beyond rows_end repeat others."""
+    arena, descriptor, slot_stride, offset, _, _, _ = weights
+    matrix = arena + slot.to(tl.int64) * slot_stride + offset
     if TMA:
         if TRANSPOSED:
             return tl.trans(descriptor.load([slot, column, row]).reshape(BK, BN))
@@ -77,20 +108,48 @@ def _weights(
 
 
 @triton.jit
+def _store_activated(
+    gate, up, bias, inner, place, INNER: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED_ROWS: tl.constexpr,
+    ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The rest of a tile [BM, BN] of the first product."""
+    inner, inner_scale = inner
+    expert, _, begin, end, block = place
+    row = begin + tl.arange(0, BM)
+    column = block * BN + tl.arange(0, BN)
+    kept = column < INNER
+    if HAS_BIAS:
+        at = bias + expert.to(tl.int64) * (2 * INNER)
+        gate_column = 2 * column if INTERLEAVED else column
+        up_column = 2 * column + 1 if INTERLEAVED else column + INNER
+        gate += tl.load(at + gate_column, mask=kept, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(at + up_column, mask=kept, other=0.0).to(tl.float32)[None, :]
+    result = _activate(gate, up, ACTIVATION, LIMIT, ALPHA)
+    if SCALED_ROWS:  # BN is SCALE_BLOCK: the tile holds whole groups
+        result, scale = quantize(result)
+        tl.store(inner_scale + row.to(tl.int64) * (INNER // SCALE_BLOCK) + block, scale, mask=row < end)
+    at = inner + row.to(tl.int64)[:, None] * INNER + column[None, :]
+    tl.store(at, result.to(inner.dtype.element_ty), mask=(row < end)[:, None] & kept[None, :])
+
+
+@triton.jit
 def up_tile(
-    hidden, arena, descriptor, bias, order, inner, expert, slot, begin, end, block, slot_stride, offset, hidden_stride,
+    hidden, weights, bias, order, inner, place,
     H: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr,
-    INTERLEAVED: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, SCALED_ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of activate(hidden W_gate^T, hidden W_up^T): BM rows by BN columns of `inner` [pairs, INNER]."""
     EVEN_K: tl.constexpr = H % BK == 0
+    hidden, hidden_scale, hidden_stride = hidden
+    _, slot, begin, end, block = place
     row = begin + tl.arange(0, BM)
     pair = tl.load(order + row, mask=row < end, other=0)
-    source = hidden + (pair // TOP_K).to(tl.int64)[:, None] * hidden_stride
-    matrix = arena + slot.to(tl.int64) * slot_stride + offset
+    token = (pair // TOP_K).to(tl.int64)
+    source = hidden + token[:, None] * hidden_stride
     n = block * BN
+    row_scale = tl.full((BM,), 1.0, tl.float32)
     if INTERLEAVED:
         both = tl.zeros((2 * BN, BM) if SWAP else (BM, 2 * BN), tl.float32)
     else:
@@ -102,46 +161,46 @@ def up_tile(
             x = tl.load(source + columns[None, :])
         else:
             x = tl.load(source + columns[None, :], mask=(columns < H)[None, :], other=0.0)
+        if SCALED_ROWS:
+            row_scale = tl.load(hidden_scale + token * (H // SCALE_BLOCK) + k // SCALE_BLOCK)
         if INTERLEAVED:
-            w = _weights(matrix, descriptor, slot, 2 * n, k, 2 * INNER, H, 2 * BN, BK, TRANSPOSED, TMA, EVEN_K)
-            both = _product(x, w, both, SWAP)
+            w = _weights(weights, slot, 2 * n, k, 2 * INNER, H, 2 * BN, BK, TRANSPOSED, TMA, EVEN_K)
+            both = _product(x, w, 1.0, both, False, SWAP)
         else:
-            w_gate = _weights(matrix, descriptor, slot, n, k, 2 * INNER, H, BN, BK, TRANSPOSED, TMA, EVEN_K)
-            w_up = _weights(matrix, descriptor, slot, INNER + n, k, 2 * INNER, H, BN, BK, TRANSPOSED, TMA, EVEN_K)
-            gate = _product(x, w_gate, gate, SWAP)
-            up = _product(x, w_up, up, SWAP)
+            w_gate = _weights(weights, slot, n, k, 2 * INNER, H, BN, BK, TRANSPOSED, TMA, EVEN_K)
+            w_up = _weights(weights, slot, INNER + n, k, 2 * INNER, H, BN, BK, TRANSPOSED, TMA, EVEN_K)
+            gate_factor = _factor(weights, slot, n, k, row_scale, INNER, H, BN, SCALED, SCALED_ROWS, SWAP)
+            up_factor = _factor(weights, slot, INNER + n, k, row_scale, 2 * INNER, H, BN, SCALED, SCALED_ROWS, SWAP)
+            gate = _product(x, w_gate, gate_factor, gate, SCALED, SWAP)
+            up = _product(x, w_up, up_factor, up, SCALED, SWAP)
     if INTERLEAVED:
         if SWAP:
             both = tl.trans(both)
         gate, up = tl.split(both.reshape(BM, BN, 2))
     elif SWAP:
         gate, up = tl.trans(gate), tl.trans(up)
-    column = n + tl.arange(0, BN)
-    kept = column < INNER
-    if HAS_BIAS:
-        at = bias + expert.to(tl.int64) * (2 * INNER)
-        gate_column = 2 * column if INTERLEAVED else column
-        up_column = 2 * column + 1 if INTERLEAVED else column + INNER
-        gate += tl.load(at + gate_column, mask=kept, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(at + up_column, mask=kept, other=0.0).to(tl.float32)[None, :]
-    result = _activate(gate, up, ACTIVATION, LIMIT, ALPHA)
-    at = inner + row.to(tl.int64)[:, None] * INNER + column[None, :]
-    tl.store(at, result.to(inner.dtype.element_ty), mask=(row < end)[:, None] & kept[None, :])
+    _store_activated(
+        gate, up, bias, inner, place, INNER, INTERLEAVED, HAS_BIAS, SCALED_ROWS, ACTIVATION, LIMIT, ALPHA, BM, BN
+    )
 
 
 @triton.jit
 def down_tile(
-    inner, packed, arena, descriptor, bias, order, rows, expert, slot, begin, end, block, slot_stride, offset,
-    H: tl.constexpr, INNER: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    inner, packed, weights, bias, order, rows, place,
+    H: tl.constexpr, INNER: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
+    SCALED_ROWS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One tile of inner W_down^T: BM rows, each stored at its pair's place in `rows` [pairs, H], by BN columns."""
     EVEN_K: tl.constexpr = INNER % BK == 0
+    inner, inner_scale = inner
+    expert, slot, begin, end, block = place
     row = begin + tl.arange(0, BM)
     valid = row < end
-    matrix = arena + slot.to(tl.int64) * slot_stride + offset
-    source = inner + tl.where(valid, row, begin).to(tl.int64)[:, None] * INNER
+    known = tl.where(valid, row, begin).to(tl.int64)
+    source = inner + known[:, None] * INNER
     n = block * BN
+    row_scale = tl.full((BM,), 1.0, tl.float32)
     result = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
     for k in tl.range(0, INNER, BK, num_stages=STAGES):
         columns = k + tl.arange(0, BK)
@@ -151,8 +210,11 @@ def down_tile(
             x = tl.load(source + columns[None, :])
         else:
             x = tl.load(source + columns[None, :], mask=(columns < INNER)[None, :], other=0.0)
-        w = _weights(matrix, descriptor, slot, n, k, H, INNER, BN, BK, TRANSPOSED, TMA, EVEN_K)
-        result = _product(x, w, result, SWAP)
+        if SCALED_ROWS:
+            row_scale = tl.load(inner_scale + known * (INNER // SCALE_BLOCK) + k // SCALE_BLOCK)
+        w = _weights(weights, slot, n, k, H, INNER, BN, BK, TRANSPOSED, TMA, EVEN_K)
+        factor = _factor(weights, slot, n, k, row_scale, H, INNER, BN, SCALED, SCALED_ROWS, SWAP)
+        result = _product(x, w, factor, result, SCALED, SWAP)
     if SWAP:
         result = tl.trans(result)
     column = n + tl.arange(0, BN)
@@ -166,31 +228,32 @@ def down_tile(
 
 @triton.jit
 def _up_work(
-    index, hidden, arena, descriptor, bias, order, inner, tiles, total, slot_stride, offset, hidden_stride,
+    index, hidden, weights, bias, order, inner, tiles, total,
     H: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr,
-    INTERLEAVED: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, SCALED_ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
     SWAP: tl.constexpr, TMA: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    expert, slot, begin, end, block = _tile(tiles, total, index, (INNER + BN - 1) // BN, GROUP)
-    if TAIL and end - begin <= BM // 2:
+    place = _tile(tiles, total, index, (INNER + BN - 1) // BN, GROUP)
+    if TAIL and place[3] - place[2] <= BM // 2:
         up_tile(
-            hidden, arena, descriptor, bias, order, inner, expert, slot, begin, end, block, slot_stride, offset, hidden_stride,
-            H, INNER, TOP_K, INTERLEAVED, TRANSPOSED, HAS_BIAS, ACTIVATION, LIMIT, ALPHA, BM // 2, BN, BK, STAGES, SWAP, TMA,
+            hidden, weights, bias, order, inner, place, H, INNER, TOP_K, INTERLEAVED, TRANSPOSED, HAS_BIAS, SCALED, SCALED_ROWS,
+            ACTIVATION, LIMIT, ALPHA, BM // 2, BN, BK, STAGES, SWAP, TMA,
         )  # fmt: skip
     else:
         up_tile(
-            hidden, arena, descriptor, bias, order, inner, expert, slot, begin, end, block, slot_stride, offset, hidden_stride,
-            H, INNER, TOP_K, INTERLEAVED, TRANSPOSED, HAS_BIAS, ACTIVATION, LIMIT, ALPHA, BM, BN, BK, STAGES, SWAP, TMA,
+            hidden, weights, bias, order, inner, place, H, INNER, TOP_K, INTERLEAVED, TRANSPOSED, HAS_BIAS, SCALED, SCALED_ROWS,
+            ACTIVATION, LIMIT, ALPHA, BM, BN, BK, STAGES, SWAP, TMA,
         )  # fmt: skip
 
 
 @triton.jit
 def grouped_up(
-    hidden, arena, descriptor, bias, order, inner, tiles, total, slot_stride, offset, hidden_stride,
+    hidden, hidden_scale, arena, descriptor, scales, bias, order, inner, inner_scale, tiles, total,
+    slot_stride, offset, scale_stride, scale_offset, hidden_stride,
     H: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr,
-    INTERLEAVED: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, SCALED_ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
     SWAP: tl.constexpr, TMA: tl.constexpr, TAIL: tl.constexpr, PERSISTENT: tl.constexpr,
@@ -199,61 +262,67 @@ def grouped_up(
     pair. TAIL: a tile with at most BM / 2 rows is computed at half the height."""
     index = tl.program_id(0)
     work = tl.load(total) * ((INNER + BN - 1) // BN)
+    hidden = (hidden, hidden_scale, hidden_stride)
+    inner = (inner, inner_scale)
+    weights = (arena, descriptor, slot_stride, offset, scales, scale_stride, scale_offset)
     if PERSISTENT:
         while index < work:
             _up_work(
-                index, hidden, arena, descriptor, bias, order, inner, tiles, total, slot_stride, offset, hidden_stride, H, INNER, TOP_K,
-                INTERLEAVED, TRANSPOSED, HAS_BIAS, ACTIVATION, LIMIT, ALPHA, BM, BN, BK, STAGES, GROUP, SWAP, TMA, TAIL,
+                index, hidden, weights, bias, order, inner, tiles, total, H, INNER, TOP_K, INTERLEAVED, TRANSPOSED, HAS_BIAS, SCALED,
+                SCALED_ROWS, ACTIVATION, LIMIT, ALPHA, BM, BN, BK, STAGES, GROUP, SWAP, TMA, TAIL,
             )  # fmt: skip
             index += tl.num_programs(0)
     elif index < work:
         _up_work(
-            index, hidden, arena, descriptor, bias, order, inner, tiles, total, slot_stride, offset, hidden_stride, H, INNER, TOP_K,
-            INTERLEAVED, TRANSPOSED, HAS_BIAS, ACTIVATION, LIMIT, ALPHA, BM, BN, BK, STAGES, GROUP, SWAP, TMA, TAIL,
+            index, hidden, weights, bias, order, inner, tiles, total, H, INNER, TOP_K, INTERLEAVED, TRANSPOSED, HAS_BIAS, SCALED,
+            SCALED_ROWS, ACTIVATION, LIMIT, ALPHA, BM, BN, BK, STAGES, GROUP, SWAP, TMA, TAIL,
         )  # fmt: skip
 
 
 @triton.jit
 def _down_work(
-    index, inner, packed, arena, descriptor, bias, order, rows, tiles, total, slot_stride, offset,
-    H: tl.constexpr, INNER: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
+    index, inner, packed, weights, bias, order, rows, tiles, total,
+    H: tl.constexpr, INNER: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
+    SCALED_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
     SWAP: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    expert, slot, begin, end, block = _tile(tiles, total, index, (H + BN - 1) // BN, GROUP)
-    if TAIL and end - begin <= BM // 2:
+    place = _tile(tiles, total, index, (H + BN - 1) // BN, GROUP)
+    if TAIL and place[3] - place[2] <= BM // 2:
         down_tile(
-            inner, packed, arena, descriptor, bias, order, rows, expert, slot, begin, end, block, slot_stride, offset,
-            H, INNER, TRANSPOSED, HAS_BIAS, BM // 2, BN, BK, STAGES, SWAP, TMA, False,
+            inner, packed, weights, bias, order, rows, place, H, INNER, TRANSPOSED, HAS_BIAS, SCALED, SCALED_ROWS,
+            BM // 2, BN, BK, STAGES, SWAP, TMA, False,
         )  # fmt: skip
     else:
         down_tile(
-            inner, packed, arena, descriptor, bias, order, rows, expert, slot, begin, end, block, slot_stride, offset,
-            H, INNER, TRANSPOSED, HAS_BIAS, BM, BN, BK, STAGES, SWAP, TMA, PACKED,
+            inner, packed, weights, bias, order, rows, place, H, INNER, TRANSPOSED, HAS_BIAS, SCALED, SCALED_ROWS,
+            BM, BN, BK, STAGES, SWAP, TMA, PACKED,
         )  # fmt: skip
 
 
 @triton.jit
 def grouped_down(
-    inner, packed, arena, descriptor, bias, order, rows, tiles, total, slot_stride, offset,
-    H: tl.constexpr, INNER: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
+    inner, inner_scale, packed, arena, descriptor, scales, bias, order, rows, tiles, total,
+    slot_stride, offset, scale_stride, scale_offset,
+    H: tl.constexpr, INNER: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
+    SCALED_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
     SWAP: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr, TAIL: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """Grid and flags as in grouped_up. `inner` lies in the schedule's order, so it can be read through `packed`."""
     index = tl.program_id(0)
     work = tl.load(total) * ((H + BN - 1) // BN)
+    inner = (inner, inner_scale)
+    weights = (arena, descriptor, slot_stride, offset, scales, scale_stride, scale_offset)
     if PERSISTENT:
         while index < work:
             _down_work(
-                index, inner, packed, arena, descriptor, bias, order, rows, tiles, total, slot_stride, offset, H, INNER,
-                TRANSPOSED, HAS_BIAS, BM, BN, BK, STAGES, GROUP, SWAP, TMA, PACKED, TAIL,
+                index, inner, packed, weights, bias, order, rows, tiles, total, H, INNER, TRANSPOSED, HAS_BIAS, SCALED, SCALED_ROWS,
+                BM, BN, BK, STAGES, GROUP, SWAP, TMA, PACKED, TAIL,
             )  # fmt: skip
             index += tl.num_programs(0)
     elif index < work:
         _down_work(
-            index, inner, packed, arena, descriptor, bias, order, rows, tiles, total, slot_stride, offset, H, INNER,
-            TRANSPOSED, HAS_BIAS, BM, BN, BK, STAGES, GROUP, SWAP, TMA, PACKED, TAIL,
+            index, inner, packed, weights, bias, order, rows, tiles, total, H, INNER, TRANSPOSED, HAS_BIAS, SCALED, SCALED_ROWS,
+            BM, BN, BK, STAGES, GROUP, SWAP, TMA, PACKED, TAIL,
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flexpert.kernels.moe.fp8_kernels import SCALE_BLOCK
 from flexpert.kernels.moe.gemm_kernels import _activate
 
 
@@ -23,22 +24,20 @@ def _slot_of(ids, expert_slot, pair, E: tl.constexpr):
 
 @triton.jit
 def _dot(
-    matrix,
-    n,
-    vector,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    kept,
-):
-    """[BN]: rows n of the stored matrix times the vector [K]."""
+    weights, slot, n, first, vector,
+    N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TRANSPOSED: tl.constexpr, SCALED: tl.constexpr, kept,
+):  # fmt: skip
+    """[BN]: rows n of the stored matrix [N, K] times the vector [K]. first: a row in the block of 128 in which all of n lie."""
+    arena, slot_stride, offset, scales, scale_stride, scale_offset = weights
+    matrix = arena + slot * slot_stride + offset
     total = tl.zeros((BN, BK), tl.float32)
     for start in tl.static_range(0, K, BK):
         k = start + tl.arange(0, BK)
         inside = k < K
         x = tl.load(vector + k, mask=inside, other=0.0).to(tl.float32)
+        if SCALED:
+            at = scales + slot * scale_stride + scale_offset + first // SCALE_BLOCK * (K // SCALE_BLOCK)
+            x *= tl.load(at + k // SCALE_BLOCK, mask=inside, other=0.0)
         at = matrix + (
             k[None, :].to(tl.int64) * N + n[:, None] if TRANSPOSED else n[:, None].to(tl.int64) * K + k[None, :]
         )
@@ -49,9 +48,9 @@ def _dot(
 
 @triton.jit
 def gemv_up(
-    hidden, arena, bias, ids, expert_slot, inner, slot_stride, offset, hidden_stride,
+    hidden, arena, scales, bias, ids, expert_slot, inner, slot_stride, offset, scale_stride, scale_offset, hidden_stride,
     E: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr,
-    INTERLEAVED: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
     ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Grid (pairs, columns / BN). inner [pairs, INNER], by pair; rows of absent experts stay unwritten."""
@@ -59,14 +58,15 @@ def gemv_up(
     expert, slot = _slot_of(ids, expert_slot, pair, E)
     if slot < 0:
         return
-    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    first = tl.program_id(1) * BN
+    column = first + tl.arange(0, BN)
     kept = column < INNER
     gate_row = 2 * column if INTERLEAVED else column
     up_row = 2 * column + 1 if INTERLEAVED else column + INNER
-    matrix = arena + slot * slot_stride + offset
+    weights = (arena, slot_stride, offset, scales, scale_stride, scale_offset)
     vector = hidden + (pair // TOP_K).to(tl.int64) * hidden_stride
-    gate = _dot(matrix, gate_row, vector, 2 * INNER, H, BN, BK, TRANSPOSED, kept)
-    up = _dot(matrix, up_row, vector, 2 * INNER, H, BN, BK, TRANSPOSED, kept)
+    gate = _dot(weights, slot, gate_row, first, vector, 2 * INNER, H, BN, BK, TRANSPOSED, SCALED, kept)
+    up = _dot(weights, slot, up_row, INNER + first, vector, 2 * INNER, H, BN, BK, TRANSPOSED, SCALED, kept)
     if HAS_BIAS:
         gate += tl.load(bias + expert * (2 * INNER) + gate_row, mask=kept, other=0.0).to(tl.float32)
         up += tl.load(bias + expert * (2 * INNER) + up_row, mask=kept, other=0.0).to(tl.float32)
@@ -76,21 +76,24 @@ def gemv_up(
 
 @triton.jit
 def gemv_down(
-    inner, arena, bias, ids, weights, expert_slot, output, slot_stride, offset,
+    inner, arena, scales, bias, ids, weights, expert_slot, output, slot_stride, offset, scale_stride, scale_offset,
     E: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr,
-    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, SUM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, SUM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, columns / BN). output [tokens, H] summed in top-k order, or [pairs, H] unweighted where not SUM."""
     token = tl.program_id(0)
-    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    first = tl.program_id(1) * BN
+    column = first + tl.arange(0, BN)
     kept = column < H
+    stored = (arena, slot_stride, offset, scales, scale_stride, scale_offset)
     total = tl.zeros((BN,), tl.float32)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
         expert, slot = _slot_of(ids, expert_slot, pair, E)
         resident = slot >= 0
-        matrix = arena + tl.where(resident, slot, 0) * slot_stride + offset
-        row = _dot(matrix, column, inner + pair.to(tl.int64) * INNER, H, INNER, BN, BK, TRANSPOSED, kept & resident)
+        here = tl.where(resident, slot, 0)
+        vector = inner + pair.to(tl.int64) * INNER
+        row = _dot(stored, here, column, first, vector, H, INNER, BN, BK, TRANSPOSED, SCALED, kept & resident)
         if HAS_BIAS:
             row += tl.load(bias + expert * H + column, mask=kept, other=0.0).to(tl.float32)
         rounded = row.to(inner.dtype.element_ty)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,17 @@ class LayerShape:
     dtype: str = "bfloat16"  # of the weights
     transposed: bool = False
     interleaved: bool = False
+    quantize_rows: bool = False  # a plan may quantise rows to fp8
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the weights are fp8, with scales."""
+        return self.dtype == "float8_e4m3fn"
 
     @property
     def key(self) -> str:
-        layout = ("-transposed" if self.transposed else "") + ("-interleaved" if self.interleaved else "")
+        flags = ("transposed", "interleaved", "quantize_rows")
+        layout = "".join(f"-{flag}" for flag in flags if getattr(self, flag))
         return f"e{self.num_experts}-h{self.hidden}-i{self.inner}-k{self.top_k}-{self.dtype}{layout}"
 
 
@@ -69,11 +76,13 @@ class GemvTile:
 
 @dataclass(frozen=True)
 class Plan:
-    """`gemv`: both products without a schedule. `grouped`: schedule, two grouped products, weighted sum."""
+    """`gemv`: both products without a schedule. `grouped`: schedule, two grouped products, weighted sum. quantize: rows of both grouped
+    products are fp8, as the weights."""
 
     kind: str
     up: Tile | GemvTile
     down: Tile | GemvTile
+    quantize: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,7 +94,7 @@ class Plan:
         if kind not in ("gemv", "grouped"):
             raise ValueError(f'a plan of kind {kind!r}, expected "gemv" or "grouped"')
         tile = GemvTile if kind == "gemv" else Tile
-        return cls(kind, tile(**fields["up"]), tile(**fields["down"]))
+        return cls(kind, tile(**fields["up"]), tile(**fields["down"]), fields.get("quantize", False))
 
 
 Table = Mapping[str, Sequence[tuple[int, Plan]]]  # shape key -> (tokens, plan), tokens ascending
@@ -108,6 +117,13 @@ def heuristic(tokens: int, shape: LayerShape) -> Plan:
     if rows <= FEW_ROWS:
         height = 16 if rows <= 12 else 32 if rows <= 24 else 64
         return Plan("grouped", Tile(height, 64, 128, 4, 4), Tile(height, 128, 128, 4, 4))
+    if shape.quantize_rows:
+        height = 64 if rows <= 96 else 128
+        down = Tile(height, 128, 128, 8, 4, group=8, tma=True, packed=True, tail=height > 64)
+        return Plan("grouped", Tile(height, 128, 128, 8, 3, group=8, tma=True, tail=height > 64), down, quantize=True)
+    if shape.scaled:  # weights are widened in registers, which then are the left operand
+        tile = Tile(64, 64, 128, 8, 4, group=4, swap=True, tma=True)
+        return Plan("grouped", tile, replace(tile, columns=128))
     if rows <= 96:
         return Plan("grouped", Tile(64, 64, 64, 4, 4, group=4), Tile(64, 128, 64, 4, 4, group=4))
     return Plan("grouped", Tile(128, 128, 64, 8, 3, group=8), Tile(128, 256, 64, 8, 3, group=8))

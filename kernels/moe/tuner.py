@@ -6,13 +6,12 @@ timed apart, in captured graphs over rotated weights; then the best schedule-fre
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,86 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexpert.kernels.moe.layer import Activation, ExpertWeights, Stored, _gemv, down_product, moe_forward, up_product
+from flexpert.kernels.moe.candidates import GEMV, GEMV_FP8, Candidates, heights
+from flexpert.kernels.moe.layer import Rows, _gemv, down_product, moe_forward, quantize, up_product
 from flexpert.kernels.moe.plan import GemvTile, LayerShape, Plan, Tile, heuristic
-from flexpert.kernels.moe.routing import BLOCK_SIZES, route
+from flexpert.kernels.moe.routing import route
 from flexpert.kernels.moe.timing import graph_time, routing
+from flexpert.kernels.moe.weights import SCALE_BLOCK, Activation, ExpertWeights, Stored
 
 log = logging.getLogger(__name__)
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 SETS = 4
 GIVE_UP = 1.3  # a candidate so much slower than the best in a first look is not looked at again
-SHARED_MEMORY_BYTES = 227 * 1024
 GEMV_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Tiles worth a try for one product; `halves`: its columns are gate and up, so a tile has twice the weights."""
-
-    halves: bool
-
-    def of(self, rows: int) -> list[Tile]:
-        """Those of one height."""
-        found = self._streaming(rows) if rows <= 64 else []
-        if rows >= 64:
-            found += self._dense(rows)
-        return [tile for tile in found if self._bytes(tile) <= SHARED_MEMORY_BYTES]
-
-    def _streaming(self, rows: int) -> list[Tile]:
-        scale = 1 if self.halves else 2
-        found = []
-        for swap, tma in itertools.product((False, True), (False, True)):
-            for columns, depth, stages in ((32, 128, 4), (32, 256, 3), (64, 64, 4), (64, 128, 3), (64, 128, 4)):
-                if not swap or columns * scale >= 64:
-                    found.append(Tile(rows, columns * scale, depth, 4, stages, 1, swap, tma))
-            found.append(Tile(rows, 128 * scale, 64, 8, 4, 1, swap, tma))
-        return found
-
-    def _dense(self, rows: int) -> list[Tile]:
-        wide = 128 if self.halves else 256
-        sizes = [(wide, 64, 8, 3), (wide, 64, 8, 4), (wide // 2, 64, 8, 3), (wide // 2, 64, 4, 3)]
-        if rows == 64:
-            sizes = [(wide, 64, 8, 4), (wide // 2, 64, 4, 4), (wide, 64, 4, 3)]
-        packings = (False,) if self.halves else (False, True)
-        found = []
-        for (columns, depth, warps, stages), packed, tail in itertools.product(sizes, packings, (False, True)):
-            found.append(Tile(rows, columns, depth, warps, stages, 8, tma=True, packed=packed, tail=tail))
-        best = Tile(rows, wide, 64, 8, 4, 8, tma=True, packed=not self.halves, tail=True)
-        found += [
-            replace(best, group=4),
-            replace(best, group=16),
-            replace(best, group=32),
-            replace(best, tail=False, group=16),
-        ]
-        found += [replace(best, programs=1), replace(best, tma=False, packed=False)]
-        return list(dict.fromkeys(found))
-
-    def _bytes(self, tile: Tile) -> int:
-        return (tile.rows + tile.columns * (2 if self.halves else 1)) * tile.depth * 2 * tile.stages
-
-
-UP, DOWN = Candidates(halves=True), Candidates(halves=False)
-GEMV_SIZES = (
-    (4, 512, 4),
-    (8, 512, 4),
-    (4, 1024, 4),
-    (4, 1024, 8),
-    (2, 512, 2),
-    (2, 1024, 2),
-    (2, 1024, 4),
-    (1, 1024, 2),
-    (1, 1024, 4),
-)
-GEMV = [GemvTile(c, d, w) for c, d, w in GEMV_SIZES]
-
-
-def heights(rows: float) -> tuple[int, ...]:
-    """Block heights worth a try where an expert gets so many rows on average."""
-    return tuple(
-        size for size in BLOCK_SIZES if size / 2.5 <= max(rows, 8) <= size * 6 or (size == 128 and rows > 64)
-    ) or (16,)
 
 
 def random_weights(
@@ -111,51 +43,70 @@ def random_weights(
     count = shape.num_experts if resident is None else resident
     arena = torch.empty(sets * count * slab, dtype=getattr(torch, shape.dtype), device=device)
     for piece in arena.split(1 << 28):
-        piece.normal_(0, shape.hidden**-0.5)
+        noise = torch.randn(piece.shape, dtype=torch.bfloat16, device=device)
+        piece.copy_(noise if shape.scaled else noise * shape.hidden**-0.5)
+    blocks = slab // SCALE_BLOCK**2
+    scales = torch.full((sets * count * blocks,), shape.hidden**-0.5, device=device) if shape.scaled else None
     biased = shape.interleaved
     found = []
     for number in range(sets):
         table = torch.full((shape.num_experts,), -1, dtype=torch.int32, device=device)
         table[:count] = torch.arange(count, device=device) + number * count
-        bias = [
-            torch.zeros(shape.num_experts, n, dtype=arena.dtype, device=device) for n in (2 * shape.inner, shape.hidden)
-        ]
-        found.append(
-            ExpertWeights(
-                Stored(arena, slab), Stored(arena, slab, 2 * shape.hidden * shape.inner), table, shape.hidden, shape.inner,
-                Activation("clamped" if biased else "silu"), shape.transposed, shape.interleaved, *(bias if biased else ()),
-            )
+        columns = (2 * shape.inner, shape.hidden)
+        biases = [torch.zeros(shape.num_experts, n, dtype=arena.dtype, device=device) for n in columns]
+        layer = ExpertWeights(
+            Stored(arena, slab), Stored(arena, slab, slab // 3 * 2), table, shape.hidden, shape.inner, transposed=shape.transposed,
+            activation=Activation("clamped" if biased else "silu"), interleaved=shape.interleaved, quantize_rows=shape.quantize_rows,
+            up_bias=biases[0] if biased else None, down_bias=biases[1] if biased else None,
+            up_scale=None if scales is None else Stored(scales, blocks),
+            down_scale=None if scales is None else Stored(scales, blocks, blocks // 3 * 2),
         )  # fmt: skip
+        found.append(layer)
     return found
+
+
+def products_of(shape: LayerShape) -> list[tuple[bool, Candidates, Candidates]]:
+    """(rows are quantised, candidates of the first product, of the second)."""
+    ways = (False, True) if shape.quantize_rows else (False,)
+    return [(way, *(Candidates(halves, shape.scaled, way) for halves in (True, False))) for way in ways]  # type: ignore[misc]
 
 
 def compile_all(shape: LayerShape, processes: int | None = None) -> None:
     """Compile every candidate of a shape, by many processes; the compiler's cache on disk keeps them."""
-    jobs: list[tuple[str, Any]] = [("gemv", tile) for tile in GEMV]
-    for name, candidates in (("up", UP), ("down", DOWN)):
-        jobs += [(name, tile) for rows in BLOCK_SIZES for tile in candidates.of(rows)]
+    jobs: list[tuple[str, bool, Any]] = [("gemv", False, tile) for tile in _gemv_tiles(shape)]
+    for quantized, up, down in products_of(shape):
+        for name, candidates in (("up", up), ("down", down)):
+            jobs += [(name, quantized, tile) for rows in candidates.heights for tile in candidates.of(rows)]
     processes = processes or max(1, min(len(jobs), (os.cpu_count() or 2) - 1))
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         list(pool.map(_compile, [shape] * processes, [jobs[i::processes] for i in range(processes)]))
 
 
-def _compile(shape: LayerShape, jobs: list[tuple[str, Any]]) -> None:
+def _gemv_tiles(shape: LayerShape) -> list[GemvTile]:
+    return GEMV_FP8 if shape.scaled else GEMV
+
+
+def _compile(shape: LayerShape, jobs: list[tuple[str, bool, Any]]) -> None:
     experts = random_weights(shape, sets=1, resident=1)[0]
-    hidden = torch.zeros(1, shape.hidden, dtype=experts.dtype, device="cuda")
+    hidden = torch.zeros(1, shape.hidden, dtype=torch.bfloat16, device="cuda")
     ids, weights = routing(1, shape.num_experts, shape.top_k, skew=0, seed=0, device="cuda")
     schedule = route(ids, experts.expert_slot)
     inner = hidden.new_zeros(shape.top_k, shape.inner)
-    for name, tile in jobs:
+    for name, quantized, tile in jobs:
         try:
             if name == "gemv":
                 _gemv(hidden, ids, weights, experts, Plan("gemv", tile, tile), torch.empty_like(hidden))
             elif name == "up":
-                up_product(hidden, shape.top_k, experts, schedule, tile)
+                up_product(_rows(hidden, quantized), shape.top_k, experts, schedule, tile)
             else:
-                down_product(inner, experts, schedule, tile)
+                down_product(_rows(inner, quantized), experts, schedule, tile, hidden.dtype)
         except Exception as error:  # a tile that this compiler or device does not take is no candidate
             log.warning("%s %s: %s", name, tile, (str(error).splitlines() or [""])[0])
     torch.cuda.synchronize()
+
+
+def _rows(values: Tensor, quantized: bool) -> Rows:
+    return quantize(values) if quantized else Rows(values)
 
 
 @dataclass
@@ -167,39 +118,47 @@ class Tuner:
 
     def plan(self, tokens: int) -> tuple[Plan, float]:
         """The best plan found, and the seconds of a whole layer."""
-        shape = self.shape
         inputs = [self._inputs(tokens, seed) for seed in range(len(self.experts))]
-        schedules = [route(ids, layer.expert_slot) for (_, ids, _), layer in zip(inputs, self.experts, strict=True)]
-        inner = [torch.randn(tokens * shape.top_k, shape.inner, device="cuda").to(x.dtype) for x, _, _ in inputs]
-        rows = heights(tokens * shape.top_k / shape.num_experts)
-
-        def up(tile: Tile) -> list[Any]:
-            return [
-                lambda i=i: up_product(inputs[i][0], shape.top_k, self.experts[i], schedules[i], tile)
-                for i in range(len(inputs))
-            ]
-
-        def down(tile: Tile) -> list[Any]:
-            return [lambda i=i: down_product(inner[i], self.experts[i], schedules[i], tile) for i in range(len(inputs))]
-
-        best_up = self._best([tile for r in rows for tile in UP.of(r)], up)
-        best_down = self._best([tile for r in rows for tile in DOWN.of(r)], down)
-        plans = [Plan("grouped", best_up, best_down)]
+        plans = [self._grouped_plan(inputs, *products) for products in products_of(self.shape)]
         if tokens <= GEMV_TOKENS:
             plans += self._gemv_plans(inputs)
         layer = [(self._time(plan, inputs), plan) for plan in plans]
         seconds, plan = min(layer, key=lambda found: found[0])
         return plan, seconds
 
+    def _grouped_plan(
+        self, inputs: Sequence[tuple[Tensor, Tensor, Tensor]], quantized: bool, first: Candidates, second: Candidates
+    ) -> Plan:
+        """The best tile of each product."""
+        shape, experts, sets = self.shape, self.experts, range(len(inputs))
+        schedules = [route(ids, layer.expert_slot) for (_, ids, _), layer in zip(inputs, experts, strict=True)]
+        pairs = len(inputs[0][0]) * shape.top_k
+        rows = [_rows(hidden, quantized) for hidden, _, _ in inputs]
+        inner = [_rows(torch.randn(pairs, shape.inner, device="cuda").bfloat16(), quantized) for _ in inputs]
+
+        def up(tile: Tile) -> list[Any]:
+            return [lambda i=i: up_product(rows[i], shape.top_k, experts[i], schedules[i], tile) for i in sets]
+
+        def down(tile: Tile) -> list[Any]:
+            return [lambda i=i: down_product(inner[i], experts[i], schedules[i], tile, torch.bfloat16) for i in sets]
+
+        sizes = heights(pairs / shape.num_experts)
+        best = []
+        for candidates, calls in ((first, up), (second, down)):
+            usable = [size for size in sizes if size in candidates.heights] or candidates.heights[:1]
+            best.append(self._best([tile for size in usable for tile in candidates.of(size)], calls))
+        return Plan("grouped", best[0], best[1], quantized)
+
     def _inputs(self, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         ids, weights = routing(tokens, self.shape.num_experts, self.shape.top_k, skew=0, seed=seed, device="cuda")
-        return torch.randn(tokens, self.shape.hidden, device="cuda").to(self.experts[0].dtype), ids, weights
+        return torch.randn(tokens, self.shape.hidden, device="cuda").bfloat16(), ids, weights
 
     def _gemv_plans(self, inputs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Plan]:
         """The best of both products, found one after the other: the first with a fixed second."""
         base = heuristic(1, self.shape).down
-        first = min(GEMV, key=lambda tile: self._time(Plan("gemv", tile, base), inputs))
-        second = min(GEMV, key=lambda tile: self._time(Plan("gemv", first, tile), inputs))
+        tiles = _gemv_tiles(self.shape)
+        first = min(tiles, key=lambda tile: self._time(Plan("gemv", tile, base), inputs))
+        second = min(tiles, key=lambda tile: self._time(Plan("gemv", first, tile), inputs))
         return [Plan("gemv", first, second)]
 
     def _time(self, plan: Plan, inputs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:

@@ -158,3 +158,41 @@ def test_transformers_models_give_the_same_logits(family: str) -> None:
     torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2 * float(expected.abs().max()))
     assert not routings
     assert all(module.flexpert_experts.func is moe_forward for module in _experts(model))
+
+
+def quantised_experts(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """transformers' own fp8 experts with the weights of `block`, and a copy of `block` with those weights back in bfloat16."""
+    from transformers import FineGrainedFP8Config
+    from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+
+    holder = nn.Module()
+    holder.mlp = nn.Module()
+    holder.mlp.experts, holder.config = copy.deepcopy(block), block.config
+    replace_with_fp8_linear(holder, quantization_config=FineGrainedFP8Config())
+    quantised, widened = holder.mlp.experts.to_empty(device="cuda"), copy.deepcopy(block)
+    for name in ("gate_up_proj", "down_proj"):
+        weights = getattr(block, name).detach().float().unflatten(1, (-1, 128)).unflatten(3, (-1, 128))
+        scale = weights.abs().amax((2, 4), keepdim=True) / 448
+        stored = (weights / scale).to(torch.float8_e4m3fn)
+        getattr(quantised, name).data.copy_(stored.flatten(3).flatten(1, 2))
+        getattr(quantised, f"{name}_scale_inv").data.copy_(scale[:, :, 0, :, 0])
+        getattr(widened, name).data.copy_((stored.float() * scale).flatten(3).flatten(1, 2))
+    return quantised, widened
+
+
+def test_transformers_fp8_experts_are_read_in_place() -> None:
+    model = make_model("qwen3_moe", hidden_size=256, moe_intermediate_size=128).to("cuda", torch.bfloat16)
+    block = model.model.layers[0].mlp.experts
+    block.config._experts_implementation = "eager"
+    nn.init.normal_(block.gate_up_proj, 0, 0.06)
+    nn.init.normal_(block.down_proj, 0, 0.09)
+    quantised, widened = quantised_experts(block)
+    quantised.config = copy.deepcopy(block.config)
+    quantised.config._experts_implementation = register()
+    for tokens in (1, 300):
+        hidden = torch.randn(tokens, 256, device="cuda").bfloat16()
+        ids, weights = routing(tokens, block.num_experts, 2, skew=0, seed=0, device="cuda")
+        with torch.inference_mode():
+            found, expected = quantised(hidden, ids, weights).float(), widened(hidden, ids, weights).float()
+        assert float((found - expected).norm()) < 0.06 * float(expected.norm())  # rows are rounded to fp8 twice
+    assert quantised.flexpert_experts.func is moe_forward

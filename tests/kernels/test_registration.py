@@ -9,6 +9,7 @@ import torch
 from tests.families import make_model
 
 from flexpert.kernels import register
+from flexpert.kernels.registration import run_experts
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -20,3 +21,26 @@ def test_a_registered_model_gives_the_same_logits(family: str) -> None:
     with torch.inference_mode():
         torch.testing.assert_close(model(tokens).logits, reference(tokens).logits, rtol=1e-4, atol=1e-4)
     assert all(hasattr(layer.mlp.experts, "flexpert_experts") for layer in model.model.layers)
+
+
+def test_experts_in_fp8_are_refused_where_the_kernels_do_not_run() -> None:
+    from transformers import FineGrainedFP8Config
+    from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+
+    model = make_model("qwen3_moe")
+    model.set_experts_implementation(register())
+    replace_with_fp8_linear(model, quantization_config=FineGrainedFP8Config())
+    experts = model.model.layers[0].mlp.experts.to_empty(device="cpu")
+    hidden = torch.zeros(2, model.config.hidden_size)
+    ids, weights = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+    with pytest.raises(
+        ValueError, match=r"experts in torch.float8_e4m3fn on cpu with scales .*expected float8_e4m3fn on a GPU"
+    ):
+        experts(hidden, ids, weights)
+
+
+def test_experts_with_a_norm_of_their_own_are_refused() -> None:
+    experts = make_model("qwen3_moe").model.layers[0].mlp.experts
+    experts.has_post_expert_norm = True
+    with pytest.raises(ValueError, match="Qwen3MoeExperts normalises each expert's rows, expected experts without"):
+        run_experts(experts, torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1))
