@@ -40,6 +40,9 @@ SWAPPED = Plan("grouped", Tile(16, 64, 128, 4, 2, swap=True, tma=True), Tile(16,
 QUANTIZED = Plan(
     "grouped", Tile(64, 128, 128, 8, 3, tma=True, tail=True), Tile(64, 128, 64, 4, 3, 4, tma=True, packed=True), quantize=True
 )  # fmt: skip
+SWAPPED_QUANTIZED = Plan(
+    "grouped", Tile(32, 128, 128, 8, 3, swap=True, tma=True), Tile(16, 256, 64, 4, 3, swap=True), quantize=True
+)
 
 
 @pytest.fixture(autouse=True)
@@ -104,11 +107,12 @@ def test_scaled_weights_match_the_reference(plan: Plan, bias: bool) -> None:
     assert_close(moe_forward(hidden, ids, weights, experts, plan), forward_reference(hidden, ids, weights, experts))
 
 
-def test_quantised_rows_match_the_reference() -> None:
+@pytest.mark.parametrize("plan", [QUANTIZED, SWAPPED_QUANTIZED], ids=["boxed", "swapped"])
+def test_quantised_rows_match_the_reference(plan: Plan) -> None:
     """Activated rows lie near the border between two fp8 numbers now and then: one such step is 1/16 of a number."""
     experts = experts_of()
     hidden, ids, weights = batch(70)
-    found = moe_forward(hidden, ids, weights, experts, QUANTIZED).float()
+    found = moe_forward(hidden, ids, weights, experts, plan).float()
     expected = forward_reference(hidden, ids, weights, experts, quantize=True)
     assert_close(found, expected, 2e-2)
     exact = forward_reference(hidden, ids, weights, experts)
