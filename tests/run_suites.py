@@ -24,7 +24,7 @@ TESTS = Path(__file__).parent
 ORDER = (
     "repository", "loadtest", "hbm", "kernels", "expert_cache", "workers", "controller", "simulator", "dashboard", "cli",
 )  # fmt: skip
-SPREAD = {"repository", "loadtest", "hbm", "expert_cache", "workers", "controller", "simulator", "cli"}
+SPREAD = {"repository", "loadtest", "hbm", "kernels", "expert_cache", "workers", "controller", "simulator", "cli"}
 MAX_PROCESSES = 4
 PYTEST_NO_TESTS = 5
 

@@ -58,7 +58,7 @@ def test_suites_run_in_layer_order_and_close_with_the_counts(project: Path) -> N
 def test_failure_error_and_crash_each_fail_the_run(project: Path) -> None:
     write_suite(project, "hbm", "def test_one(): assert False\ndef test_two(): pass\n")
     write_suite(project, "loadtest", "def test_one(missing_fixture): pass\n")
-    for name in ("workers", "kernels"):  # the one is spread over processes, the other is not
+    for name in ("workers", "examples"):  # the one is spread over processes, the other is not
         write_suite(project, name, "import os\ndef test_one(): os._exit(3)\n")
     (project / "tests" / "test_root.py").write_text("def test_one(): pass\n")
 

@@ -67,6 +67,10 @@ class Candidates:
             replace(best, tail=False, group=16),
         ]
         found += [replace(best, programs=1), replace(best, tma=False, packed=False)]
+        narrow = replace(best, columns=wide // 2, warps=4, stages=3)
+        for flat, group in itertools.product((best, replace(best, stages=3), narrow), (4, 8, 16)):
+            found.append(replace(flat, group=group, tail=False, programs=1, flat=True))
+        found.append(replace(narrow, stages=2, tail=False, programs=2, flat=True))
         return found
 
     def _scaled(self, rows: int) -> list[Tile]:
@@ -99,6 +103,7 @@ class Candidates:
             if rows < 128 or columns < 256:
                 tile = Tile(rows, columns, 128, warps, stages, group, tma=True, packed=not self.halves)
                 found += [tile, replace(tile, tail=True)] if rows == 128 else [tile]
+                found.append(replace(tile, programs=1, flat=True))
         return found
 
     def _bytes(self, tile: Tile) -> int:

@@ -108,6 +108,15 @@ def _weights(
 
 
 @triton.jit
+def _pair(weights, slot, row, column, BN: tl.constexpr, BK: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """[2 BN, BK]: rows of gate from `row` on and as many of up, by one transfer of a descriptor that has them side by side."""
+    if TRANSPOSED:
+        return tl.trans(weights[1].load([slot, column, 0, row]).reshape(BK, 2 * BN))
+    else:
+        return weights[1].load([slot, 0, row, column]).reshape(2 * BN, BK)
+
+
+@triton.jit
 def _store_activated(
     gate, up, bias, inner, place, INNER: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED_ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -150,7 +159,8 @@ def up_tile(
     source = hidden + token[:, None] * hidden_stride
     n = block * BN
     row_scale = tl.full((BM,), 1.0, tl.float32)
-    if INTERLEAVED:
+    JOINT: tl.constexpr = INTERLEAVED or (TMA and not SCALED and not SWAP)  # gate and up in one product
+    if JOINT:
         both = tl.zeros((2 * BN, BM) if SWAP else (BM, 2 * BN), tl.float32)
     else:
         gate = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
@@ -166,6 +176,8 @@ def up_tile(
         if INTERLEAVED:
             w = _weights(weights, slot, 2 * n, k, 2 * INNER, H, 2 * BN, BK, TRANSPOSED, TMA, EVEN_K)
             both = _product(x, w, 1.0, both, False, SWAP)
+        elif JOINT:
+            both = _product(x, _pair(weights, slot, n, k, BN, BK, TRANSPOSED), 1.0, both, False, SWAP)
         else:
             w_gate = _weights(weights, slot, n, k, 2 * INNER, H, BN, BK, TRANSPOSED, TMA, EVEN_K)
             w_up = _weights(weights, slot, INNER + n, k, 2 * INNER, H, BN, BK, TRANSPOSED, TMA, EVEN_K)
@@ -173,10 +185,10 @@ def up_tile(
             up_factor = _factor(weights, slot, INNER + n, k, row_scale, 2 * INNER, H, BN, SCALED, SCALED_ROWS, SWAP)
             gate = _product(x, w_gate, gate_factor, gate, SCALED, SWAP)
             up = _product(x, w_up, up_factor, up, SCALED, SWAP)
-    if INTERLEAVED:
+    if JOINT:
         if SWAP:
             both = tl.trans(both)
-        gate, up = tl.split(both.reshape(BM, BN, 2))
+        gate, up = tl.split(both.reshape(BM, BN, 2) if INTERLEAVED else both.reshape(BM, 2, BN).permute(0, 2, 1))
     elif SWAP:
         gate, up = tl.trans(gate), tl.trans(up)
     _store_activated(
@@ -256,16 +268,23 @@ def grouped_up(
     INTERLEAVED: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, SCALED_ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
-    SWAP: tl.constexpr, TMA: tl.constexpr, TAIL: tl.constexpr, PERSISTENT: tl.constexpr,
+    SWAP: tl.constexpr, TMA: tl.constexpr, TAIL: tl.constexpr, PERSISTENT: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles' bound x columns,), or as many programs as run at once where persistent. Rows are gathered from `hidden` by their
-    pair. TAIL: a tile with at most BM / 2 rows is computed at half the height."""
+    pair. TAIL: a tile with at most BM / 2 rows is computed at half the height. FLAT: persistent, in one loop over tiles and their depth."""
     index = tl.program_id(0)
     work = tl.load(total) * ((INNER + BN - 1) // BN)
     hidden = (hidden, hidden_scale, hidden_stride)
     inner = (inner, inner_scale)
     weights = (arena, descriptor, slot_stride, offset, scales, scale_stride, scale_offset)
-    if PERSISTENT:
+    if FLAT:
+        for at in tl.range(index, work, tl.num_programs(0), flatten=True, num_stages=STAGES):
+            place = _tile(tiles, total, at, (INNER + BN - 1) // BN, GROUP)
+            up_tile(
+                hidden, weights, bias, order, inner, place, H, INNER, TOP_K, INTERLEAVED, TRANSPOSED, HAS_BIAS, SCALED, SCALED_ROWS,
+                ACTIVATION, LIMIT, ALPHA, BM, BN, BK, STAGES, SWAP, TMA,
+            )  # fmt: skip
+    elif PERSISTENT:
         while index < work:
             _up_work(
                 index, hidden, weights, bias, order, inner, tiles, total, H, INNER, TOP_K, INTERLEAVED, TRANSPOSED, HAS_BIAS, SCALED,
@@ -305,14 +324,21 @@ def grouped_down(
     slot_stride, offset, scale_stride, scale_offset,
     H: tl.constexpr, INNER: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
     SCALED_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
-    SWAP: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr, TAIL: tl.constexpr, PERSISTENT: tl.constexpr,
+    SWAP: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr, TAIL: tl.constexpr, PERSISTENT: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """Grid and flags as in grouped_up. `inner` lies in the schedule's order, so it can be read through `packed`."""
     index = tl.program_id(0)
     work = tl.load(total) * ((H + BN - 1) // BN)
     inner = (inner, inner_scale)
     weights = (arena, descriptor, slot_stride, offset, scales, scale_stride, scale_offset)
-    if PERSISTENT:
+    if FLAT:
+        for at in tl.range(index, work, tl.num_programs(0), flatten=True, num_stages=STAGES):
+            place = _tile(tiles, total, at, (H + BN - 1) // BN, GROUP)
+            down_tile(
+                inner, packed, weights, bias, order, rows, place, H, INNER, TRANSPOSED, HAS_BIAS, SCALED, SCALED_ROWS,
+                BM, BN, BK, STAGES, SWAP, TMA, PACKED,
+            )  # fmt: skip
+    elif PERSISTENT:
         while index < work:
             _down_work(
                 index, inner, packed, weights, bias, order, rows, tiles, total, H, INNER, TRANSPOSED, HAS_BIAS, SCALED, SCALED_ROWS,

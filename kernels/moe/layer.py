@@ -6,6 +6,7 @@ a few lines of PyTorch, for tests and other machines.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -181,8 +182,8 @@ def up_product(hidden: Rows, top_k: int, experts: ExpertWeights, schedule: Sched
     inner = values.new_empty(pairs, experts.inner)
     scale = None if hidden.scale is None else hidden.scale.new_empty(pairs, experts.inner // SCALE_BLOCK)
     tiles, total, bound = schedule.of(tile.rows)
-    rows = tile.columns * (2 if experts.interleaved else 1)
-    descriptor = _weight_box(experts, experts.up, 2 * experts.inner, experts.hidden, rows, tile)
+    joint = not (tile.swap or experts.scaled)
+    descriptor = experts.up_box(tile.columns, tile.depth, joint) if tile.tma else None
     kernels.grouped_up[_grid(bound, experts.inner, tile, values)](
         values, _or(hidden.scale, values), experts.up.arena, _or(descriptor, values), _scales(experts.up_scale, values),
         _or(experts.up_bias, values), schedule.order, inner, _or(scale, values), tiles, total,
@@ -201,7 +202,7 @@ def down_product(inner: Rows, experts: ExpertWeights, schedule: Schedule, tile: 
     _check_tile(tile, experts, inner)
     rows = values.new_empty(len(values), experts.hidden, dtype=dtype)
     tiles, total, bound = schedule.of(tile.rows)
-    descriptor = _weight_box(experts, experts.down, experts.hidden, experts.inner, tile.columns, tile)
+    descriptor = experts.down_box(tile.columns, tile.depth) if tile.tma else None
     packed = _row_box(values, tile) if tile.packed else None
     kernels.grouped_down[_grid(bound, experts.hidden, tile, values)](
         values, _or(inner.scale, values), _or(packed, values), experts.down.arena, _or(descriptor, values),
@@ -214,6 +215,10 @@ def down_product(inner: Rows, experts: ExpertWeights, schedule: Schedule, tile: 
 
 
 def _check_tile(tile: Tile, experts: ExpertWeights, rows: Rows) -> None:
+    if tile.flat and (tile.tail or not tile.programs):
+        raise ValueError(
+            f"a flat tile with {tile.programs} programs and tail {tile.tail}, expected programs and no tail"
+        )
     if experts.scaled and SCALE_BLOCK % tile.depth:
         raise ValueError(f"a tile of depth {tile.depth}, expected a divisor of {SCALE_BLOCK} for weights in fp8")
     if rows.scale is not None and not experts.quantize_rows:
@@ -228,25 +233,22 @@ def _row_box(rows: Tensor, tile: Tile) -> Any:
     return TensorDescriptor.from_tensor(rows, [tile.rows, tile.depth]) if aligned else None
 
 
-def _weight_box(experts: ExpertWeights, stored: Stored, rows: int, columns: int, box_rows: int, tile: Tile) -> Any:
-    if not tile.tma:
-        return None
-    if experts.transposed:
-        return experts.box(stored, columns, rows, (tile.depth, box_rows))
-    return experts.box(stored, rows, columns, (box_rows, tile.depth))
-
-
 def _grid(bound: int, columns: int, tile: Tile, like: Tensor) -> tuple[int]:
     work = bound * -(-columns // tile.columns)
     if not tile.programs:
         return (work,)
-    return (min(work, tile.programs * torch.cuda.get_device_properties(like.device).multi_processor_count),)
+    return (min(work, tile.programs * _multiprocessors(like.device)),)
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _constants(tile: Tile, tma: bool) -> dict[str, Any]:
     return {
         "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "STAGES": tile.stages, "GROUP": tile.group, "SWAP": tile.swap, "TMA": tma,
-        "TAIL": tile.tail, "PERSISTENT": tile.programs > 0, "num_warps": tile.warps,
+        "TAIL": tile.tail, "PERSISTENT": tile.programs > 0, "FLAT": tile.flat, "num_warps": tile.warps,
     }  # fmt: skip
 
 

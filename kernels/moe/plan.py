@@ -50,7 +50,8 @@ class LayerShape:
 class Tile:
     """Of one product. rows x columns of the result in steps of `depth`; with gate and up, `columns` of each. group: tiles that walk the
     columns together. swap: weights stand on the left. tma: weights come by the tensor-memory accelerator; packed: rows of the second
-    product too. tail: last tiles at half height. programs: per multiprocessor, 0: not persistent."""
+    product too. tail: last tiles at half height. programs: per multiprocessor, 0: not persistent. flat: the loops over a program's tiles
+    and over their depth are one, so that a tile's first loads overlap the end of the one before; persistent, without half heights."""
 
     rows: int
     columns: int
@@ -63,6 +64,7 @@ class Tile:
     packed: bool = False
     tail: bool = False
     programs: int = 0
+    flat: bool = False
 
 
 @dataclass(frozen=True)

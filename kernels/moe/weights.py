@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,20 +161,37 @@ class ExpertWeights:
             found.append(matrix)
         return found[0], found[1]
 
-    def box(self, stored: Stored, rows: int, columns: int, box: tuple[int, int]) -> Any:
-        """A descriptor of [slots, rows, columns] for the tensor-memory accelerator, read in boxes [1, *box]; None where it cannot: it
-        wants addresses and strides in multiples of 16 bytes."""
+    def up_box(self, rows: int, depth: int, joint: bool) -> Any:
+        """A descriptor that the tensor-memory accelerator reads `rows` columns of gate or of up with, `depth` deep, or of both together
+        where joint or interleaved; None where it cannot: it wants addresses and strides in multiples of 16 bytes."""
+        if self.interleaved or not joint:
+            height = 2 * rows if self.interleaved else rows
+            return self._matrix_box(self.up, 2 * self.inner, self.hidden, height, depth)
+        if self.transposed:
+            return self._box(self.up, (self.hidden, 2, self.inner), (depth, 2, rows))
+        return self._box(self.up, (2, self.inner, self.hidden), (2, rows, depth))
+
+    def down_box(self, rows: int, depth: int) -> Any:
+        """The same for `rows` columns of the second product."""
+        return self._matrix_box(self.down, self.hidden, self.inner, rows, depth)
+
+    def _matrix_box(self, stored: Stored, rows: int, columns: int, box_rows: int, depth: int) -> Any:
+        if self.transposed:
+            return self._box(stored, (columns, rows), (depth, box_rows))
+        return self._box(stored, (rows, columns), (box_rows, depth))
+
+    def _box(self, stored: Stored, sizes: tuple[int, ...], box: tuple[int, ...]) -> Any:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        key = (stored is self.up, rows, columns, box)
+        key = (stored is self.up, sizes, box)
         if key not in self._descriptors:
             width, first = stored.arena.element_size(), stored.arena[stored.offset :]
-            aligned = not (first.data_ptr() % 16 or stored.slot_stride * width % 16 or columns * width % 16)
-            slots = (len(first) - rows * columns) // stored.slot_stride + 1
-            fits = aligned and max(box) <= LARGEST_BOX
+            aligned = not (first.data_ptr() % 16 or stored.slot_stride * width % 16 or sizes[-1] * width % 16)
+            strides = [math.prod(sizes[at:]) for at in range(1, len(sizes) + 1)]
+            slots = (len(first) - math.prod(sizes)) // stored.slot_stride + 1
             self._descriptors[key] = (
-                TensorDescriptor(first, [slots, rows, columns], [stored.slot_stride, columns, 1], [1, *box])
-                if fits
+                TensorDescriptor(first, [slots, *sizes], [stored.slot_stride, *strides], [1, *box])
+                if aligned and max(box) <= LARGEST_BOX
                 else None
             )
         return self._descriptors[key]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from flexpert.kernels.moe import (  # noqa: E402
     Plan,
     Stored,
     forward_reference,
+    layer,
     moe_forward,
     moe_rows,
 )
@@ -41,12 +43,34 @@ BOXED = Plan(
     "grouped", Tile(32, 32, 32, 4, 2, tma=True, tail=True), Tile(64, 64, 32, 4, 2, 4, tma=True, packed=True, tail=True)
 )
 SWAPPED = Plan("grouped", Tile(16, 64, 64, 4, 2, swap=True), Tile(16, 64, 64, 4, 2, swap=True, tma=True))
-PLANS = [GEMV, GROUPED, BOXED, SWAPPED]
+FLAT = Plan(
+    "grouped",
+    Tile(16, 32, 64, 4, 2, 2, programs=1, flat=True),
+    Tile(32, 64, 32, 4, 2, tma=True, packed=True, programs=1, flat=True),
+)
+PLANS = [GEMV, GROUPED, BOXED, SWAPPED, FLAT]
 LAYOUTS = {
     "silu": {},
     "gpt-oss": {"transposed": True, "interleaved": True, "bias": True, "activation": Activation("clamped", 1.5, 1.7)},
     "gelu": {"bias": True, "activation": Activation("gelu_tanh")},
 }
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, a persistent kernel has three programs, and a loop's end may be a tensor, of which numpy 2.5 makes no index."""
+    if ON_GPU:
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_with_index)
+    monkeypatch.setattr(layer, "_multiprocessors", lambda _: 3)
 
 
 def experts_of(
@@ -83,7 +107,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("plan", PLANS, ids=["gemv", "grouped", "boxed", "swapped"])
+@pytest.mark.parametrize("plan", PLANS, ids=["gemv", "grouped", "boxed", "swapped", "flat"])
 def test_layer_matches_the_reference(layout: str, plan: Plan) -> None:
     experts = experts_of(**LAYOUTS[layout])
     hidden, ids, weights = batch(7)
@@ -165,6 +189,14 @@ def test_schedule_matches_the_reference(tokens: int, chunked: bool, monkeypatch:
 def test_weights_that_do_not_fit_are_refused(change: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         dataclasses.replace(experts_of(), **change)
+
+
+def test_flat_tiles_have_programs_and_no_half_heights() -> None:
+    hidden, ids, weights = batch(2)
+    for change in ({"programs": 0}, {"tail": True}):
+        broken = dataclasses.replace(FLAT, up=dataclasses.replace(FLAT.up, **change))
+        with pytest.raises(ValueError, match=r"a flat tile .* expected programs and no tail"):
+            moe_forward(hidden, ids, weights, experts_of(), broken)
 
 
 def test_inputs_that_do_not_fit_are_refused() -> None:
