@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexpert.kernels.arguments import require
 from flexpert.kernels.moe.plan import GemvTile, Plan, Tile, choose_plan, table_of
 from flexpert.kernels.moe.routing import Schedule, route
-from flexpert.kernels.moe.weights import FP8, SCALE_BLOCK, ExpertWeights, Stored, require
+from flexpert.kernels.moe.weights import FP8, SCALE_BLOCK, ExpertWeights, Stored
 
 SUM_COLUMNS = 1024
 FP8_MAX = 448.0  # of float8_e4m3fn

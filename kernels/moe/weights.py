@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexpert.kernels.arguments import require
 from flexpert.kernels.moe.plan import LayerShape
 
 LARGEST_BOX = 256  # rows or columns that the tensor-memory accelerator takes at once
@@ -195,9 +196,3 @@ class ExpertWeights:
                 else None
             )
         return self._descriptors[key]
-
-
-def require(fits: bool, name: str, found: Tensor, expected: str) -> None:
-    """Raises ValueError with what was found and what was expected."""
-    if not fits:
-        raise ValueError(f"{name} is {found.dtype} {list(found.shape)} on {found.device}, expected {expected}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from flexpert.kernels import register
 from flexpert.kernels.moe import ExpertWeights, LayerShape, Stored, forward_reference, moe_forward
+from flexpert.kernels.moe.plan import table_of
 from flexpert.kernels.moe.timing import routing
+from flexpert.kernels.moe.tuner import random_weights
 
 pytestmark = pytest.mark.gpu
 
@@ -20,8 +23,6 @@ SHAPE = LayerShape(num_experts=64, hidden=2048, inner=1024, top_k=8)
 
 @pytest.fixture(scope="module")
 def experts() -> ExpertWeights:
-    from flexpert.kernels.moe.tuner import random_weights
-
     return random_weights(SHAPE, sets=1)[0]
 
 
@@ -114,6 +115,36 @@ def test_weights_move_under_a_captured_graph(experts: ExpertWeights) -> None:
         moved.expert_slot[expert], free = free, slot
         graph.replay()
         assert torch.equal(output, before)
+
+
+def shape_of(key: str) -> LayerShape:
+    """The shape whose key it is."""
+    numbers = [int(number) for number in re.findall(r"(?:^e|-h|-i|-k)(\d+)", key)]
+    sizes = dict(zip(("num_experts", "hidden", "inner", "top_k"), numbers, strict=True))
+    flags = {flag: f"-{flag}" in key for flag in ("transposed", "interleaved", "quantize_rows")}
+    shape = LayerShape(**sizes, **flags, dtype="float8_e4m3fn" if "float8" in key else "bfloat16")
+    assert shape.key == key
+    return shape
+
+
+def test_tuned_plans_of_this_device_are_right() -> None:
+    """Every plan of the package's table, with a dozen experts at hand."""
+    table = table_of(torch.cuda.get_device_name())
+    if not table:
+        pytest.skip("no table for this device")
+    for key, entries in table.items():
+        shape = shape_of(key)
+        experts = random_weights(shape, sets=1, resident=12 if shape.num_experts > 12 else None)[0]
+        for tokens, plan in entries:
+            count = min(tokens, 700) - 3 * (tokens > 8)
+            ids, weights = routing(count, shape.num_experts, shape.top_k, skew=0, seed=tokens, device="cuda")
+            ids[0, 0] = 3
+            hidden = torch.randn(count, shape.hidden, device="cuda").bfloat16()
+            expected = forward_reference(hidden, ids, weights, experts, plan.quantize)
+            found = moe_forward(hidden, ids, weights, experts, plan).float()
+            far = float((found - expected).norm() / expected.norm())
+            assert far < (0.03 if plan.quantize else 0.01), (key, tokens, plan, far)
+        del experts
 
 
 def test_slots_beyond_two_billion_elements_are_read() -> None:
