@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# Only the plugin that the runner itself asks for: each of these runs is a pytest of its own.
+QUICK = {"FLEXPERT_TEST_GRACE_S": "0.2", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": "xdist.plugin"}
+
 
 @pytest.fixture
 def project(repository: Path, tmp_path: Path) -> Path:
@@ -31,7 +34,7 @@ def write_suite(project: Path, name: str, text: str) -> None:
 def run_suites(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "tests/run_suites.py", *arguments],
-        cwd=project, env=os.environ | {"FLEXPERT_TEST_GRACE_S": "0.2"}, capture_output=True, text=True, timeout=120,
+        cwd=project, env=os.environ | QUICK, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
 
