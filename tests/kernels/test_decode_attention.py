@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from flexpert.kernels import decode_attention as decode
+from flexpert.kernels.attention_gpu import masked
+from flexpert.kernels.decode_attention import Scratch, Tile, decode_attention, decode_attention_reference
+
+pytestmark = pytest.mark.usefixtures("three_programs")
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported, which its first use does
-pytest.importorskip("triton")
-
-from flexpert.kernels import decode_attention as decode  # noqa: E402
-from flexpert.kernels.attention_gpu import masked  # noqa: E402
-from flexpert.kernels.decode_attention import Scratch, Tile, decode_attention, decode_attention_reference  # noqa: E402
-
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = 1e-2 if ON_GPU else 1e-5
@@ -27,20 +23,8 @@ TILE = Tile(heads=16, keys=32, warps=4, stages=2, programs=1)
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests of a few hundred keys have several pieces. Interpreted, three programs share the work, and a loop's end may be a tensor."""
+    """Requests of a few hundred keys have several pieces."""
     monkeypatch.setattr(decode, "PIECE", PIECE)
-    if ON_GPU:
-        return
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_with_index(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_with_index)
-    monkeypatch.setattr(decode, "_multiprocessors", lambda _: 3)
 
 
 class Arena:

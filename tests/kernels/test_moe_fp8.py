@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported, which its first use does
-pytest.importorskip("triton")
-
-from flexpert.kernels.moe import (  # noqa: E402
+from flexpert.kernels.moe import (
     ExpertWeights,
     LayerShape,
     Plan,
@@ -25,9 +19,11 @@ from flexpert.kernels.moe import (  # noqa: E402
     moe_forward,
     moe_rows,
 )
-from flexpert.kernels.moe.layer import quantize, quantize_reference  # noqa: E402
-from flexpert.kernels.moe.plan import GemvTile, Tile, choose_plan, heuristic  # noqa: E402
+from flexpert.kernels.moe.layer import quantize, quantize_reference
+from flexpert.kernels.moe.plan import GemvTile, Tile, choose_plan, heuristic
 
+pytestmark = pytest.mark.usefixtures("three_programs")
+ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOLERANCE = 1e-2 if ON_GPU else 1e-5

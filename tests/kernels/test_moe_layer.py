@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported, which its first use does
-pytest.importorskip("triton")
-
-from flexpert.kernels.moe import (  # noqa: E402
+from flexpert.kernels.moe import (
     Activation,
     ExpertWeights,
     Plan,
     Stored,
     forward_reference,
-    layer,
     moe_forward,
     moe_rows,
 )
-from flexpert.kernels.moe import plan as plans  # noqa: E402
-from flexpert.kernels.moe.plan import GemvTile, LayerShape, Tile, choose_plan, heuristic  # noqa: E402
-from flexpert.kernels.moe.routing import route, route_reference  # noqa: E402
+from flexpert.kernels.moe import plan as plans
+from flexpert.kernels.moe.plan import GemvTile, LayerShape, Tile, choose_plan, heuristic
+from flexpert.kernels.moe.routing import route, route_reference
 
+pytestmark = pytest.mark.usefixtures("three_programs")
+ON_GPU = torch.cuda.is_available()
 SILU = Activation()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -54,23 +48,6 @@ LAYOUTS = {
     "gpt-oss": {"transposed": True, "interleaved": True, "bias": True, "activation": Activation("clamped", 1.5, 1.7)},
     "gelu": {"bias": True, "activation": Activation("gelu_tanh")},
 }
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interpreted, a persistent kernel has three programs, and a loop's end may be a tensor, of which numpy 2.5 makes no index."""
-    if ON_GPU:
-        return
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_with_index(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_with_index)
-    monkeypatch.setattr(layer, "_multiprocessors", lambda _: 3)
 
 
 def experts_of(
