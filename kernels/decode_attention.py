@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flexpert.kernels.arguments import require
+from flexpert.kernels.device import multiprocessors
 
 PIECE = 512  # keys of a request that are attended together, at most
 MIN_COLUMNS = 16  # what tensor cores take
@@ -86,7 +87,7 @@ def decode_attention(
         "BATCH": triton.next_power_of_2(requests), "PIECE": PIECE, "WINDOW": window or 0, "VALUE_DIM": value_dim,
         "VALUES": max(MIN_COLUMNS, triton.next_power_of_2(value_dim)),
     }  # fmt: skip
-    kernels.attend_pieces[(tile.programs * _multiprocessors(query.device),)](
+    kernels.attend_pieces[(tile.programs * multiprocessors(query.device),)](
         query, keys, values, first_rows, lengths, scratch.partial, scratch.logsumexp, requests, scaling,
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         KV_HEADS=kv_heads, GROUP=group, SOFTCAP=softcap or 0.0, KEY_DIM=key_dim, DIM=max(MIN_COLUMNS, dim), REST=rest, SHARED=shared,
@@ -128,10 +129,6 @@ def choose_tile(group: int, key_dim: int) -> Tile:
 
 def _largest_power_of_two(number: int) -> int:
     return 1 << int(math.log2(number))
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _check(

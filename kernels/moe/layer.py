@@ -6,13 +6,13 @@ a few lines of PyTorch, for tests and other machines.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flexpert.kernels.arguments import require
+from flexpert.kernels.device import multiprocessors
 from flexpert.kernels.moe.plan import GemvTile, Plan, Tile, choose_plan, table_of
 from flexpert.kernels.moe.routing import Schedule, route
 from flexpert.kernels.moe.weights import FP8, SCALE_BLOCK, ExpertWeights, Stored
@@ -238,12 +238,7 @@ def _grid(bound: int, columns: int, tile: Tile, like: Tensor) -> tuple[int]:
     work = bound * -(-columns // tile.columns)
     if not tile.programs:
         return (work,)
-    return (min(work, tile.programs * _multiprocessors(like.device)),)
-
-
-@lru_cache(maxsize=64)
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return (min(work, tile.programs * multiprocessors(like.device)),)
 
 
 def _constants(tile: Tile, tma: bool) -> dict[str, Any]:

@@ -35,4 +35,4 @@ def three_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_with_index)
     for module in (decode_attention, layer):
-        monkeypatch.setattr(module, "_multiprocessors", lambda _: 3)
+        monkeypatch.setattr(module, "multiprocessors", lambda _: 3)
