@@ -6,6 +6,7 @@ Calls may come from any thread (see `caller`). A child made by fork must not use
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import socket
 import struct
@@ -121,6 +122,7 @@ class HbmClient(Caller):
         check_plan(plan)
         copies = [
             (c.file, c.file_offset, c.num_elements, c.source_dtype, c.segment, c.segment_offset, c.dtype)
+            + ((dataclasses.astuple(c.scale),) if c.scale else ())
             for c in plan.copies
         ]
         raw = msgspec.Raw(msgspec.msgpack.encode(copies))

@@ -26,8 +26,8 @@ from flexpert.hbm.backend import map_back_to_back
 from flexpert.hbm.errors import HbmError, LoadError
 from flexpert.hbm.granules import Extent
 from flexpert.hbm.host import HostBackend, memory_at
-from flexpert.hbm.loading import ITEM_BYTES, Copy, LoadPlan, check_plan
-from flexpert.hbm.messages import Done, ErrorReply, LoaderTask, Progress
+from flexpert.hbm.loading import ITEM_BYTES, BlockScale, Copy, LoadPlan, check_plan
+from flexpert.hbm.messages import CopyRecord, Done, ErrorReply, LoaderTask, Progress
 
 CHUNK_BYTES = 8 << 20
 REPORT_INTERVAL_S = 0.05
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _load(task: LoaderTask, pool_fd: int, channel: socket.socket) -> None:
     wanted = task.segments
-    copies = [Copy(*msgspec.structs.astuple(record)) for record in task.copies if record.segment in wanted]
+    copies = [_copy_of(record) for record in task.copies if record.segment in wanted]
     plan = LoadPlan({name: nbytes for name, (nbytes, _extents) in task.segments.items()}, copies)
     check_plan(plan)
     total_bytes = plan.total_bytes()
@@ -79,6 +79,12 @@ def _load(task: LoaderTask, pool_fd: int, channel: socket.socket) -> None:
             require_still_exported(file, descriptor)
 
 
+def _copy_of(record: CopyRecord) -> Copy:
+    fields = msgspec.structs.asdict(record)
+    scale = None if record.scale is None else BlockScale(**msgspec.structs.asdict(record.scale))
+    return Copy(**{**fields, "scale": scale})
+
+
 def open_files(copies: Sequence[Copy]) -> dict[str, int]:
     """A descriptor for each file, after its size was checked against the copies. LoadError names the first that is
     missing or short.
@@ -86,6 +92,9 @@ def open_files(copies: Sequence[Copy]) -> dict[str, int]:
     needed: dict[str, int] = {}
     for copy in copies:
         needed[copy.file] = max(needed.get(copy.file, 0), copy.file_offset + copy.source_bytes)
+        if copy.scale is not None:
+            end = copy.scale.file_offset + copy.scale.num_bytes(copy.num_elements)
+            needed[copy.scale.file] = max(needed.get(copy.scale.file, 0), end)
     files = {}
     for file, expected_bytes in needed.items():
         try:
@@ -152,13 +161,13 @@ class Reading:
                     chunk.segment_offset : chunk.segment_offset + chunk.segment_bytes
                 ]
                 if chunk.source_dtype == chunk.dtype:
-                    self._read(chunk, target)
+                    self._read(chunk.file, chunk.file_offset, target)
                 else:
                     if len(buffer) < chunk.source_bytes:
                         buffer = memoryview(bytearray(chunk.source_bytes))
                     source = buffer[: chunk.source_bytes]
-                    self._read(chunk, source)
-                    _convert(source, chunk.source_dtype, target, chunk.dtype)
+                    self._read(chunk.file, chunk.file_offset, source)
+                    self._convert(chunk, source, target)
                 with self._lock:
                     self._done_bytes += chunk.source_bytes
         except BaseException as error:
@@ -169,20 +178,33 @@ class Reading:
         with self._lock:
             return None if self._error is not None else next(self._chunks, None)
 
-    def _read(self, chunk: Copy, target: memoryview) -> None:
+    def _read(self, file: str, offset: int, target: memoryview) -> None:
         done = 0
         while done < len(target):
-            count = os.preadv(self._files[chunk.file], [target[done:]], chunk.file_offset + done)
+            count = os.preadv(self._files[file], [target[done:]], offset + done)
             if count == 0:
-                raise too_short(chunk.file, chunk.file_offset + done, chunk.file_offset + len(target))
+                raise too_short(file, offset + done, offset + len(target))
             done += count
+
+    def _convert(self, chunk: Copy, source: memoryview, target: memoryview) -> None:
+        from flexpert.hbm import convert  # numpy takes 0.1 s to import: only where something is converted
+
+        if chunk.scale is None:
+            convert.convert(source, chunk.source_dtype, target, chunk.dtype)
+            return
+        factors = memoryview(bytearray(chunk.scale.num_bytes(chunk.num_elements)))
+        self._read(chunk.scale.file, chunk.scale.file_offset, factors)
+        convert.scale_blocks(source, chunk.source_dtype, factors, chunk.scale, target, chunk.dtype)
 
 
 def _in_chunks(copies: Sequence[Copy]) -> Iterator[Copy]:
     """The same copies in pieces of at most CHUNK_BYTES of source, so that threads share the large ones."""
     for copy in copies:
         source_item, item = ITEM_BYTES[copy.source_dtype], ITEM_BYTES[copy.dtype]
-        step = CHUNK_BYTES // source_item
+        step, scale = CHUNK_BYTES // source_item, copy.scale
+        if scale is not None:  # whole rows of blocks
+            unit = scale.columns * scale.block_rows
+            step = max(1, step // unit) * unit
         if copy.num_elements <= step:
             yield copy
             continue
@@ -192,13 +214,8 @@ def _in_chunks(copies: Sequence[Copy]) -> Iterator[Copy]:
                 file_offset=copy.file_offset + first * source_item,
                 segment_offset=copy.segment_offset + first * item,
                 num_elements=min(step, copy.num_elements - first),
+                scale=scale and replace(scale, file_offset=scale.file_offset + scale.num_bytes(first)),
             )
-
-
-def _convert(source: memoryview, source_dtype: str, target: memoryview, dtype: str) -> None:
-    from flexpert.hbm.convert import convert  # numpy takes 0.1 s to import: only where something is converted
-
-    convert(source, source_dtype, target, dtype)
 
 
 def _map_segments(task: LoaderTask, pool_fd: int) -> dict[str, memoryview]:

@@ -21,13 +21,39 @@ ITEM_BYTES = {
 }  # fmt: skip
 CONVERTIBLE_FROM = frozenset({"F64", "F32", "F16", "BF16"})
 CONVERTIBLE_TO = frozenset({"F32", "F16", "BF16"})
+SCALED_FROM = frozenset({"F8_E4M3", "F8_E5M2"})  # these with scales only
+SCALE_DTYPES = frozenset({"F32", "F16", "BF16", "F8_E8M0"})
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScale:
+    """Factors of a matrix: one of `dtype` for each block of block_rows x block_columns, row by row from byte `file_offset`
+    of `file` on. columns: of the matrix, in elements.
+    """
+
+    file: str
+    file_offset: int
+    dtype: str
+    columns: int
+    block_rows: int
+    block_columns: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Of the factors of one row of blocks."""
+        return -(-self.columns // self.block_columns) * ITEM_BYTES[self.dtype]
+
+    def num_bytes(self, num_elements: int) -> int:
+        """Of the factors of so many elements, whole rows."""
+        return -(-num_elements // (self.columns * self.block_rows)) * self.row_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
     """A contiguous run of elements: `num_elements` of `source_dtype` at byte `file_offset` of `file` (counted from the
     start of the file, header included) become as many of `dtype` at byte `segment_offset` of `segment`. dtypes by their
-    safetensors names.
+    safetensors names. scale: the elements are whole rows of a matrix, the first of them the first of a row of blocks, and
+    are multiplied by the blocks' factors.
     """
 
     file: str
@@ -37,6 +63,7 @@ class Copy:
     segment: str
     segment_offset: int
     dtype: str
+    scale: BlockScale | None = None
 
     @property
     def source_bytes(self) -> int:
@@ -78,10 +105,15 @@ def peer_plan(path: str, extents: Mapping[str, Sequence[tuple[int, int]]], manif
 
 def with_absolute_paths(plan: LoadPlan) -> LoadPlan:
     """The helper process runs elsewhere: relative files are meant relative to the caller."""
-    absolute = {file: os.path.abspath(file) for file in {copy.file for copy in plan.copies}}
+    files = {copy.file for copy in plan.copies} | {copy.scale.file for copy in plan.copies if copy.scale}
+    absolute = {file: os.path.abspath(file) for file in files}
     if all(file == path for file, path in absolute.items()):
         return plan
-    return replace(plan, copies=[replace(copy, file=absolute[copy.file]) for copy in plan.copies])
+    copies = []
+    for copy in plan.copies:
+        scale = copy.scale and replace(copy.scale, file=absolute[copy.scale.file])
+        copies.append(replace(copy, file=absolute[copy.file], scale=scale))
+    return replace(plan, copies=copies)
 
 
 def check_plan(plan: LoadPlan) -> None:
@@ -109,7 +141,11 @@ def _check_copy(copy: Copy, segments: Mapping[str, int]) -> None:
     for dtype in (copy.source_dtype, copy.dtype):
         if dtype not in ITEM_BYTES:
             raise LoadError(f"{copy.file}: dtype {dtype!r} is not known; known are {', '.join(sorted(ITEM_BYTES))}")
-    if copy.source_dtype != copy.dtype and not (copy.source_dtype in CONVERTIBLE_FROM and copy.dtype in CONVERTIBLE_TO):
+    if copy.scale is not None:
+        _check_scale(copy, copy.scale)
+    elif copy.source_dtype != copy.dtype and not (
+        copy.source_dtype in CONVERTIBLE_FROM and copy.dtype in CONVERTIBLE_TO
+    ):
         raise LoadError(
             f"{copy.file}: {copy.source_dtype} cannot be converted to {copy.dtype}; "
             f"conversions go from {', '.join(sorted(CONVERTIBLE_FROM))} to {', '.join(sorted(CONVERTIBLE_TO))}"
@@ -125,3 +161,16 @@ def _check_copy(copy: Copy, segments: Mapping[str, int]) -> None:
         raise LoadError(
             f"{copy} ends at byte {end} of segment {copy.segment!r}, which has {segments[copy.segment]} bytes"
         )
+
+
+def _check_scale(copy: Copy, scale: BlockScale) -> None:
+    if copy.source_dtype not in SCALED_FROM or copy.dtype not in CONVERTIBLE_TO or scale.dtype not in SCALE_DTYPES:
+        raise LoadError(
+            f"{copy.file}: {copy.source_dtype} with factors of {scale.dtype} cannot be converted to {copy.dtype}; scaled "
+            f"conversions go from {', '.join(sorted(SCALED_FROM))} with {', '.join(sorted(SCALE_DTYPES))} "
+            f"to {', '.join(sorted(CONVERTIBLE_TO))}"
+        )
+    if min(scale.columns, scale.block_rows, scale.block_columns) < 1 or scale.file_offset < 0:
+        raise LoadError(f"{copy.file}: {scale} has sizes below 1")
+    if copy.num_elements % scale.columns:
+        raise LoadError(f"{copy.file}: {copy.num_elements} elements are no whole rows of {scale.columns} columns")

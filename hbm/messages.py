@@ -327,6 +327,17 @@ LoaderMessage = Progress | Done | ErrorReply
 # Manager to loader helper, through a memfd
 
 
+class ScaleRecord(_Message):
+    """`loading.BlockScale`, field by field."""
+
+    file: str
+    file_offset: Index
+    dtype: str
+    columns: Index
+    block_rows: Index
+    block_columns: Index
+
+
 class CopyRecord(_Message):
     """`loading.Copy`, field by field."""
 
@@ -337,6 +348,7 @@ class CopyRecord(_Message):
     segment: str
     segment_offset: Index
     dtype: str
+    scale: ScaleRecord | None = None
 
 
 class LoaderTask(_Message):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,33 +27,43 @@ from flexpert.hbm import (
     ManagerHandle,
     NotFoundError,
 )
+from flexpert.hbm.loading import BlockScale
 
 Connect = Callable[..., HbmClient]
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e8m0fnu: "F8_E8M0"}
 NUMEL = 2 * 1024 * 1024 + 170_017  # of float32: more than one chunk of the helper
 
 
 def tensor_copies(file: Path, segment: str, dtypes: dict[str, str] | None = None) -> LoadPlan:
     """All tensors of a safetensors file into one segment, in the file's order, at multiples of 64 bytes."""
-    raw = file.read_bytes()
-    (header_bytes,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + header_bytes])
     copies, offset = [], 0
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
+    entries = header_of(file)
+    for name, entry in entries.items():
         numel = 1
         for extent in entry["shape"]:
             numel *= extent
         target = (dtypes or {}).get(name, entry["dtype"])
-        begin = 8 + header_bytes + entry["data_offsets"][0]
-        copies.append(Copy(str(file), begin, numel, entry["dtype"], segment, offset, target))
+        copies.append(Copy(str(file), entry["begin"], numel, entry["dtype"], segment, offset, target))
         offset = -(-(offset + copies[-1].segment_bytes) // 64) * 64
-    names = [name for name in header if name != "__metadata__"]
-    return LoadPlan({segment: offset}, copies, json.dumps(names).encode())
+    return LoadPlan({segment: offset}, copies, json.dumps(list(entries)).encode())
 
 
-def loaded(client: HbmClient, plan: LoadPlan, shapes: dict[str, torch.Size], key: str = "w") -> dict[str, torch.Tensor]:
+def header_of(file: Path) -> dict[str, Any]:
+    """What a safetensors file says of each tensor, and the byte at which it begins."""
+    raw = file.read_bytes()
+    (header_bytes,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + header_bytes])
+    return {
+        name: {**entry, "begin": 8 + header_bytes + entry["data_offsets"][0]}
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def loaded(
+    client: HbmClient, plan: LoadPlan, shapes: Mapping[str, Sequence[int]], key: str = "w"
+) -> dict[str, torch.Tensor]:
     client.load_weights(key, plan)
     weights = client.map_weights(key)
     views = {}
@@ -103,6 +115,71 @@ def test_every_float_is_converted_as_torch_does(connect: Connect, tmp_path: Path
     found = loaded(connect(), plan, {name: tensor.shape for name, tensor in expected.items()})
     for source, tensor in expected.items():
         assert same_bits(found[source], tensor.to(TORCH[target])), f"{source} to {target}"
+
+
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu], ids=str)
+@pytest.mark.parametrize("target", ["F32", "F16", "BF16"])
+def test_eight_bit_blocks_are_multiplied_as_torch_does(
+    connect: Connect, tmp_path: Path, target: str, factors: torch.dtype
+) -> None:
+    """Every one of the 256 values of both dtypes, in blocks that divide neither rows nor columns."""
+    rows, columns, block = 700, 1001, (96, 128)
+    generator = torch.Generator().manual_seed(1)
+    counts = (-(-rows // block[0]), -(-columns // block[1]))
+    scale = torch.exp2(torch.randint(-9, 9, counts, generator=generator).float()).to(factors)
+    bits = torch.randint(0, 256, (rows, columns), generator=generator, dtype=torch.uint8)
+    bits[:2, :256] = torch.arange(256, dtype=torch.uint8)
+    tensors = {
+        "F8_E4M3": bits.view(torch.float8_e4m3fn),
+        "F8_E5M2": bits[:8].clone().view(torch.float8_e5m2),
+        "scale": scale,
+    }
+    file, other = tmp_path / "model.safetensors", tmp_path / "scales.safetensors"
+    save_file({name: tensor for name, tensor in tensors.items() if name != "scale"}, file)
+    save_file({"scale": scale}, other)
+    begins = {name: entry["begin"] for place in (file, other) for name, entry in header_of(place).items()}
+    copies = []
+    shapes = {"F8_E4M3": (rows, columns), "F8_E5M2": (8, columns)}
+    for name, shape in shapes.items():
+        block_scale = BlockScale(str(other), begins["scale"], STORED[factors], columns, *block)
+        copies.append(Copy(str(file), begins[name], shape[0] * shape[1], name, name, 0, target, block_scale))
+    plan = LoadPlan({copy.segment: copy.segment_bytes for copy in copies}, copies, json.dumps(list(shapes)).encode())
+    found = loaded(connect(), plan, shapes)
+    wide = scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+    for name, shape in shapes.items():
+        assert same_bits(found[name], (tensors[name].float() * wide[: shape[0]]).to(TORCH[target])), name
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"source_dtype": "I8"},
+            "I8 with factors of F32 cannot be converted to F32; scaled conversions go from F8_E4M3",
+        ),
+        ({"num_elements": 15}, "15 elements are no whole rows of 10 columns"),
+        ({"scale": BlockScale("f", 0, "I32", 10, 4, 4)}, "F8_E4M3 with factors of I32 cannot be converted"),
+        ({"scale": BlockScale("f", 0, "F32", 10, 0, 4)}, "has sizes below 1"),
+        ({"scale": None}, "F8_E4M3 cannot be converted to F32"),
+    ],
+)
+def test_wrong_factors_are_refused_before_anything_is_taken(
+    connect: Connect, change: dict[str, Any], said: str
+) -> None:
+    copy = Copy("f", 0, 20, "F8_E4M3", "s", 0, "F32", BlockScale("f", 0, "F32", 10, 4, 4))
+    client = connect()
+    with pytest.raises(LoadError, match=said):
+        client.load_weights("w", LoadPlan({"s": 100}, [dataclasses.replace(copy, **change)]))
+    assert client.weights_state("w") is None
+
+
+def test_factors_that_the_file_does_not_hold_are_told(connect: Connect, tmp_path: Path) -> None:
+    (tmp_path / "matrix").write_bytes(bytes(100))
+    (tmp_path / "factors").write_bytes(bytes(8))
+    scale = BlockScale(str(tmp_path / "factors"), 0, "F32", 10, 4, 4)
+    copy = Copy(str(tmp_path / "matrix"), 0, 100, "F8_E4M3", "s", 0, "F32", scale)
+    with pytest.raises(LoadError, match="factors is truncated: found 8 bytes, expected at least 36"):
+        connect().load_weights("w", LoadPlan({"s": 400}, [copy]))
 
 
 def test_same_dtypes_and_integers_are_copied_as_they_are(connect: Connect, tmp_path: Path) -> None:

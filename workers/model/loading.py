@@ -13,12 +13,16 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from flexpert.hbm.loading import LoadPlan
+from flexpert.hbm.loading import BlockScale, LoadPlan
 from flexpert.workers.model.errors import CheckpointError
 from flexpert.workers.model.layout import is_experts
 from flexpert.workers.model.planning import STORED_NAMES
 
-_TORCH_DTYPES = {name: dtype for dtype, name in STORED_NAMES.items()}
+_TORCH_DTYPES = {name: dtype for dtype, name in STORED_NAMES.items()} | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 
 def make_buffers(plan: LoadPlan, *, device: str | torch.device = "cpu") -> dict[str, Tensor]:
@@ -53,6 +57,21 @@ def compact(segments: Sequence[Tensor], *, device: str | torch.device | None = N
     return memory
 
 
+def _scaled(source: Tensor, scale: BlockScale) -> Tensor:
+    """float32: the elements, each block of rows and columns multiplied by its factor."""
+    matrix = source.float().view(-1, scale.columns)
+    with open(scale.file, "rb") as file:
+        file.seek(scale.file_offset)
+        raw = bytearray(file.read(scale.num_bytes(source.numel())))
+    factors = (
+        torch.frombuffer(raw, dtype=_TORCH_DTYPES[scale.dtype])
+        .float()
+        .view(-1, -(-scale.columns // scale.block_columns))
+    )
+    by_column = factors.repeat_interleave(scale.block_columns, 1)[:, : scale.columns]
+    return (matrix * by_column.repeat_interleave(scale.block_rows, 0)[: len(matrix)]).flatten()
+
+
 def load_into(
     plan: LoadPlan, buffers: Mapping[str, Tensor], on_progress: Callable[[int, int], None] | None = None
 ) -> None:
@@ -73,7 +92,7 @@ def load_into(
                     source = torch.frombuffer(mapped, dtype=dtype, count=copy.num_elements, offset=copy.file_offset)
                     end = copy.segment_offset + copy.segment_bytes
                     target = buffers[copy.segment][copy.segment_offset : end].view(_TORCH_DTYPES[copy.dtype])
-                    target.copy_(source)
+                    target.copy_(source if copy.scale is None else _scaled(source, copy.scale))
                     del source
                     done += copy.source_bytes
                     if on_progress is not None:

@@ -1,7 +1,8 @@
 """Plans the load of a checkpoint: which bytes of which files go where, decided from headers alone.
 
 Names go through transformers' own mapping, but its converters that stack experts into 3-D tensors are not run: each expert's matrices are
-copied straight into its slab, whether the checkpoint stores them one by one or fused.
+copied straight into its slab, whether the checkpoint stores them one by one or fused. Matrices in fp8 are multiplied by the factors of
+their blocks as they are copied.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flexpert.hbm.loading import CONVERTIBLE_FROM, ITEM_BYTES, Copy, LoadPlan
+from flexpert.hbm.loading import CONVERTIBLE_FROM, ITEM_BYTES, SCALE_DTYPES, SCALED_FROM, BlockScale, Copy, LoadPlan
 from flexpert.kernels.registration import up_name
 from flexpert.workers.model import checkpoint_names as names
 from flexpert.workers.model.checkpoint_files import StoredTensor, read_checkpoint
@@ -32,6 +33,7 @@ from flexpert.workers.model.layout import (
 from flexpert.workers.model.servable import ServableModel, torch_dtype
 
 GRANULE_BYTES = 65536
+SCALE_SUFFIX = "_scale_inv"  # of a matrix's name: its factors
 # dtypes by their safetensors names
 STORED_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
@@ -115,6 +117,8 @@ class _Copies:
 
     def __init__(self, servable: ServableModel, model: PreTrainedModel, layout: WeightLayout) -> None:
         self._model_dir = servable.model_dir
+        self._blocks = servable.weight_blocks
+        self._scales: dict[str, StoredTensor] = {}
         self._model = model
         self._layout = layout
         self._dtype = getattr(torch, layout.dtype)
@@ -128,6 +132,10 @@ class _Copies:
     def plan(self, stored: dict[str, StoredTensor]) -> list[Copy]:
         copies: list[Copy] = []
         unexpected = []
+        if self._blocks is not None:
+            self._scales = {key: stored[key + SCALE_SUFFIX] for key in stored if key + SCALE_SUFFIX in stored}
+            of_scales = {key + SCALE_SUFFIX for key in self._scales}
+            stored = {key: tensor for key, tensor in stored.items() if key not in of_scales}
         for key, target in names.targets(self._model, stored).items():
             if target.name in self._state:
                 copies += self._copies_of(key, stored[key], target)
@@ -183,10 +191,12 @@ class _Copies:
 
     def _copy(self, key: str, stored: StoredTensor, first_element: int, place: _Place) -> list[Copy]:
         wanted = STORED_NAMES[place.dtype]
-        if stored.dtype != wanted and not (stored.dtype in CONVERTIBLE_FROM and place.dtype.is_floating_point):
+        scale = self._scale_of(key, stored, first_element) if stored.dtype in SCALED_FROM else None
+        known = scale is not None or stored.dtype in CONVERTIBLE_FROM
+        if stored.dtype != wanted and not (known and place.dtype.is_floating_point):
             raise CheckpointError(
                 f"{stored.file}: {key} has dtype {stored.dtype}, expected {wanted} or one of {', '.join(sorted(CONVERTIBLE_FROM))}; "
-                "a quantised checkpoint is not supported yet"
+                f"fp8 with the factors of its blocks ({key}{SCALE_SUFFIX}) is taken too, no other quantised checkpoint yet"
             )
         if place.num_elements == 0:
             return []
@@ -200,8 +210,24 @@ class _Copies:
                 segment=place.segment,
                 segment_offset=place.offset_bytes,
                 dtype=wanted,
+                scale=scale,
             )
         ]
+
+    def _scale_of(self, key: str, stored: StoredTensor, first_element: int) -> BlockScale | None:
+        """The factors of the matrix that begins at an element of a tensor, the first or one of several matrices; None where it has none."""
+        found = self._scales.get(key)
+        if found is None or self._blocks is None or len(stored.shape) < 2:
+            return None
+        rows, columns = stored.shape[-2:]
+        blocks = (-(-rows // self._blocks[0]), -(-columns // self._blocks[1]))
+        self._require_shape(f"{key}{SCALE_SUFFIX}", found, (*stored.shape[:-2], *blocks))
+        if found.dtype not in SCALE_DTYPES:
+            raise CheckpointError(
+                f"{found.file}: {key}{SCALE_SUFFIX} has dtype {found.dtype}, expected one of {', '.join(sorted(SCALE_DTYPES))}"
+            )
+        offset = first_element // (rows * columns) * blocks[0] * blocks[1] * ITEM_BYTES[found.dtype]
+        return BlockScale(str(found.file), found.file_offset + offset, found.dtype, columns, *self._blocks)
 
     def _require_shape(self, key: str, stored: StoredTensor, expected: tuple[int, ...]) -> None:
         if stored.shape != tuple(expected):

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -40,6 +41,7 @@ class ServableModel:
     attention: tuple[AttentionLayer, ...]
     experts: tuple[str, ...]
     routing: Routing
+    weight_blocks: tuple[int, int] | None = None  # rows and columns of an fp8 matrix that share a factor
 
     @property
     def num_layers(self) -> int:
@@ -67,7 +69,7 @@ def _version(path: Path) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4)
 def _check_servable(model_dir: Path, *_versions: tuple[int, ...]) -> ServableModel:
-    config = _read_config(model_dir)
+    config, weight_blocks = _read_config(model_dir)
     try:
         model = _build(config, torch.float32)
         _refuse_unbindable(model)
@@ -88,6 +90,7 @@ def _check_servable(model_dir: Path, *_versions: tuple[int, ...]) -> ServableMod
         attention=probed.attention,
         experts=probed.experts,
         routing=probed.routing,
+        weight_blocks=weight_blocks,
     )
 
 
@@ -117,7 +120,8 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     )
 
 
-def _read_config(model_dir: Path) -> PreTrainedConfig:
+def _read_config(model_dir: Path) -> tuple[PreTrainedConfig, tuple[int, int] | None]:
+    """The configuration as of the unquantised model, and the blocks of its quantised weights."""
     path = model_dir / "config.json"
     try:
         fields = json.loads(path.read_text())
@@ -127,13 +131,7 @@ def _read_config(model_dir: Path) -> PreTrainedConfig:
         raise UnservableModelError(model_dir, f"{path} is not JSON ({error})") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise UnservableModelError(model_dir, f"{path} has no model_type")
-    for name in ("quantization_config", "compression_config"):
-        if fields.get(name):
-            method = fields[name].get("quant_method", "unnamed") if isinstance(fields[name], dict) else fields[name]
-            raise UnservableModelError(
-                model_dir,
-                f"its weights are quantised ({name}: {method}), which is not supported yet; use an unquantised checkpoint",
-            )
+    weight_blocks = _weight_blocks(model_dir, fields)
     try:
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # unknown model types and refused values come as many kinds of errors
@@ -141,7 +139,28 @@ def _read_config(model_dir: Path) -> PreTrainedConfig:
         reason = f"transformers cannot read its configuration (model_type {fields['model_type']!r}, {architecture}): {_first_line(error)}"
         raise UnservableModelError(model_dir, reason) from error
     _refuse_kind(model_dir, config, fields)
-    return config
+    if weight_blocks is not None:
+        del config.quantization_config
+    return config, weight_blocks
+
+
+def _weight_blocks(model_dir: Path, fields: dict[str, Any]) -> tuple[int, int] | None:
+    """Of weights in fp8 with a factor for each block, which are multiplied as they are loaded. Raises for other kinds."""
+    for name in ("quantization_config", "compression_config"):
+        given = fields.get(name)
+        if not given:
+            continue
+        method = given.get("quant_method", "unnamed") if isinstance(given, dict) else given
+        blocks = given.get("weight_block_size") if isinstance(given, dict) else None
+        sizes = tuple(blocks) if isinstance(blocks, list) else ()
+        if method == "fp8" and len(sizes) == 2 and all(isinstance(size, int) and size > 0 for size in sizes):
+            return (sizes[0], sizes[1])
+        raise UnservableModelError(
+            model_dir,
+            f"its weights are quantised ({name}: {method}, weight_block_size: {blocks}), which is not supported yet; use an unquantised "
+            "checkpoint or one in fp8 with a weight_block_size like [128, 128]",
+        )
+    return None
 
 
 def _refuse_kind(model_dir: Path, config: PreTrainedConfig, fields: dict[str, object]) -> None:

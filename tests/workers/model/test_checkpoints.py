@@ -258,3 +258,77 @@ def test_a_fused_checkpoint_serves(tmp_path: Path) -> None:
     logits = greedy(load_runner(tmp_path), [Request("r", 0, list(range(30)))], 1)["r"][0]
     with torch.inference_mode():
         torch.testing.assert_close(logits, model(torch.arange(30)[None]).logits[0, -1], rtol=1e-4, atol=1e-4)
+
+
+BLOCKS = (24, 40)  # no divisors of the tiny model's sizes
+NOT_QUANTISED = ("embed", "lm_head", "norm", "mlp.gate.", "router", "bias")
+
+
+def quantise(
+    matrix: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(fp8, factors of the blocks, what they stand for), for the last two dimensions."""
+    rows, columns = matrix.shape[-2:]
+    lead = matrix.shape[:-2]
+    counts = [-(-size // block) for size, block in zip((rows, columns), BLOCKS, strict=True)]
+    factors = torch.rand(*lead, *counts, generator=torch.Generator().manual_seed(rows + columns)) * 0.02 + 0.001
+    wide = factors.repeat_interleave(BLOCKS[0], -2)[..., :rows, :].repeat_interleave(BLOCKS[1], -1)[..., :columns]
+    stored = (matrix / wide).clamp(-448, 448).to(dtype)
+    return stored, factors, stored.float() * wide
+
+
+def save_quantised(model: Any, folder: Path, *, fused: bool = False) -> Path:
+    """The model in fp8 in `folder`, and in `folder`-wide what its numbers stand for."""
+    plain = folder.parent / f"{folder.name}-wide"
+    (save_fused if fused else lambda m, d: m.save_pretrained(d))(model, plain)
+    tensors = load_file(plain / "model.safetensors")
+    stored, wide = dict(tensors), dict(tensors)
+    for name, tensor in tensors.items():
+        if tensor.dim() >= 2 and not any(part in name for part in NOT_QUANTISED):
+            stored[name], stored[f"{name}_scale_inv"], wide[name] = quantise(tensor)
+    folder.mkdir()
+    save_file(stored, folder / "model.safetensors")
+    save_file(wide, plain / "model.safetensors")
+    config = json.loads((plain / "config.json").read_text())
+    quantised = {"quant_method": "fp8", "weight_block_size": list(BLOCKS), "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    return plain
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["one by one", "fused"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_fp8_with_scaled_blocks_becomes_what_its_numbers_stand_for(family: str, fused: bool, tmp_path: Path) -> None:
+    plain = save_quantised(make_model(family), tmp_path / "fp8", fused=fused)
+    layout, segments = loaded(tmp_path / "fp8")
+    plain_layout, expected = loaded(plain)
+    assert layout == plain_layout
+    for name in expected:
+        torch.testing.assert_close(
+            segments[name].view(torch.float32), expected[name].view(torch.float32), rtol=1e-6, atol=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda t: t.pop(f"{EXPERT}_scale_inv"), r"has dtype F8_E4M3, expected F32.*the factors of its blocks"),
+        (lambda t: t.update({f"{EXPERT}_scale_inv": torch.ones(5, 1)}), r"scale_inv has shape \[5, 1\], expected"),
+        (
+            lambda t: t.update({"model.layers.0.stray_scale_inv": torch.ones(1)}),
+            "no place for: model.layers.0.stray_scale_inv",
+        ),
+        (
+            lambda t: t.update({f"{EXPERT}_scale_inv": t[f"{EXPERT}_scale_inv"].int()}),
+            "scale_inv has dtype I32, expected one of",
+        ),
+    ],
+    ids=["none", "shape", "stray", "dtype"],
+)
+def test_factors_that_do_not_fit_are_refused(edit: Callable[[dict[str, Any]], Any], said: str, tmp_path: Path) -> None:
+    save_quantised(make_model("qwen3_moe"), tmp_path / "fp8")
+    path = tmp_path / "fp8" / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=said):
+        plan_weights(check_servable(tmp_path / "fp8"), "float32")
