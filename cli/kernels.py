@@ -31,6 +31,12 @@ def tune(
     tokens: Annotated[
         str, typer.Option(metavar="N,...", help="Token counts to tune for. [default: powers of two up to 16384]")
     ] = "",
+    resident: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Experts that will lie on this GPU, where others hold the rest. [default: all]"
+        ),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(metavar="DTYPE", help="Of the weights: bfloat16, fp8-w8a16 or fp8-w8a8 (rows may be fp8 too)."),
@@ -40,10 +46,10 @@ def tune(
     ] = Path(),
 ) -> None:
     """Time the layer's kernels on this GPU with many tiles, at each token count, and keep the best. Takes minutes; serve nothing else."""
-    run_tune(model=model, tokens=parse_tokens(tokens), dtype=dtype, out=out)
+    run_tune(model=model, tokens=parse_tokens(tokens), dtype=dtype, resident=resident, out=out)
 
 
-def run_tune(*, model: str | None, tokens: tuple[int, ...], dtype: str, out: Path) -> None:
+def run_tune(*, model: str | None, tokens: tuple[int, ...], dtype: str, out: Path, resident: int | None = None) -> None:
     """Raises CommandError."""
     import torch
 
@@ -63,7 +69,9 @@ def run_tune(*, model: str | None, tokens: tuple[int, ...], dtype: str, out: Pat
 
     shape = with_dtype(layer_shape(resolve_model(model).directory), dtype)
     path = out / f"{device_key(torch.cuda.get_device_name())}.json"
-    entries = tuner.tune(shape, tokens or tuner.TOKENS, say=typer.echo)
+    if resident is not None and resident > shape.num_experts:
+        raise CommandError("usage", f"--resident {resident}: the model has {shape.num_experts} experts")
+    entries = tuner.tune(shape, tokens or tuner.TOKENS, resident=resident, say=typer.echo)
     tuner.write_table(path, {shape.key: entries}, {"torch": torch.__version__, "triton": triton.__version__})
     typer.echo(f"saved {path}; FLEXPERT_PLANS={out} makes it used")
 

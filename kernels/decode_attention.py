@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexpert.kernels.arguments import require
-from flexpert.kernels.device import multiprocessors
+from flexpert.kernels.device import multiprocessors, on_its_device
 
 PIECE = 512  # keys of a request that are attended together, at most
 MIN_COLUMNS = 16  # what tensor cores take
@@ -44,6 +44,7 @@ class Scratch:
         return self.logsumexp.numel() >= (requests + tokens // PIECE) * heads and self.partial.shape[1] == value_dim
 
 
+@on_its_device
 def decode_attention(
     query: Tensor,
     keys: Tensor,

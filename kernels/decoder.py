@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flexpert.kernels.arguments import require
+from flexpert.kernels.device import on_its_device
 
 SCORINGS = ("softmax", "top_k_softmax", "sigmoid")
 
@@ -51,6 +52,7 @@ class Routing:
             raise ValueError(f"kept_groups is {self.kept_groups}, expected 1 to groups, {self.groups}")
 
 
+@on_its_device
 def add_rms_norm(rows: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """rows [tokens, columns], weight [columns] -> (norm, rows), or with delta (norm of the sum, the sum), in the rows' dtype."""
     import triton
@@ -82,6 +84,7 @@ def add_rms_norm_reference(
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(rows.dtype), total
 
 
+@on_its_device
 def rotate_and_store(
     packed: Tensor, shape: HeadShape, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, kv_rows: Tensor,
     norms: tuple[Tensor, Tensor, float] | None = None,
@@ -139,6 +142,7 @@ def rotate_and_store_reference(
     return turned[0]
 
 
+@on_its_device
 def route_top_k(logits: Tensor, routing: Routing, correction: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """logits [tokens, experts] -> (ids int32, weights of the logits' dtype), both [tokens, top_k], best first; of equal scores the expert
     of the lowest number. correction: float32 [experts], for "sigmoid". A token with NaN has valid ids. Raises ValueError where they do

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
-from flexpert.kernels.moe.plan import GemvTile, Tile
-from flexpert.kernels.moe.routing import BLOCK_SIZES
+from flexpert.kernels.moe.plan import BLOCK_SIZES, GemvTile, Tile
 
 SHARED_MEMORY_BYTES = 227 * 1024
 GEMV_SIZES = (

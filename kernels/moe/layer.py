@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from flexpert.kernels.arguments import require
-from flexpert.kernels.device import multiprocessors
+from flexpert.kernels.device import multiprocessors, on_its_device
 from flexpert.kernels.moe.plan import GemvTile, Plan, Tile, choose_plan, table_of
 from flexpert.kernels.moe.routing import Schedule, route
 from flexpert.kernels.moe.weights import FP8, SCALE_BLOCK, ExpertWeights, Stored
 
 SUM_COLUMNS = 1024
+TAIL_ROWS = 128  # half of fewer rows is computed by other instructions, so a row's bits would depend on its place
 FP8_MAX = 448.0  # of float8_e4m3fn
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the last for tests
 
@@ -29,6 +30,7 @@ class Rows(NamedTuple):
     scale: Tensor | None = None
 
 
+@on_its_device
 def moe_forward(
     hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, experts: ExpertWeights, plan: Plan | None = None
 ) -> Tensor:
@@ -49,6 +51,7 @@ def moe_forward(
     return output
 
 
+@on_its_device
 def moe_rows(hidden: Tensor, top_k_index: Tensor, experts: ExpertWeights, plan: Plan | None = None) -> Tensor:
     """One unweighted row for each (token, k), [tokens, k, H], for the home rank to sum; of absent experts unwritten. With the same plan
     `moe_forward` sums these very rows, weighted, in top-k order."""
@@ -140,6 +143,11 @@ def _gemv(
 
     assert isinstance(plan.up, GemvTile)
     assert isinstance(plan.down, GemvTile)
+    for part in (plan.up, plan.down):
+        if experts.scaled and SCALE_BLOCK % part.columns:
+            raise ValueError(
+                f"a tile of {part.columns} columns, expected a divisor of {SCALE_BLOCK} for weights in fp8"
+            )
     tokens, top_k = ids.shape
     inner = hidden.new_empty(tokens * top_k, experts.inner)
     sizes = {
@@ -244,7 +252,7 @@ def _grid(bound: int, columns: int, tile: Tile, like: Tensor) -> tuple[int]:
 def _constants(tile: Tile, tma: bool) -> dict[str, Any]:
     return {
         "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "STAGES": tile.stages, "GROUP": tile.group, "SWAP": tile.swap, "TMA": tma,
-        "TAIL": tile.tail, "PERSISTENT": tile.programs > 0, "FLAT": tile.flat, "num_warps": tile.warps,
+        "TAIL": tile.tail and tile.rows >= TAIL_ROWS, "PERSISTENT": tile.programs > 0, "FLAT": tile.flat, "num_warps": tile.warps,
     }  # fmt: skip
 
 

@@ -16,8 +16,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+BLOCK_SIZES = (16, 32, 64, 128)  # rows of a tile: what a schedule holds tiles for
 PLANS = Path(__file__).parent / "plans"
 GEMV_PAIRS = 16  # heuristic: up to so many (token, k) pairs without a schedule
+LARGEST = 4096  # tokens from which on plans no longer change much
+FARTHEST = 4  # a plan serves token counts up to so many times smaller or larger than the one it was tuned for
 FEW_ROWS = 48  # mean rows an expert below which weights, not arithmetic, take the time
 
 
@@ -91,23 +94,30 @@ class Plan:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Plan:
-        """Raises ValueError for another kind than "gemv" and "grouped"."""
+        """Raises ValueError for another kind than "gemv" and "grouped", and for rows that no schedule has."""
         kind = fields["kind"]
         if kind not in ("gemv", "grouped"):
             raise ValueError(f'a plan of kind {kind!r}, expected "gemv" or "grouped"')
         tile = GemvTile if kind == "gemv" else Tile
-        return cls(kind, tile(**fields["up"]), tile(**fields["down"]), fields.get("quantize", False))
+        plan = cls(kind, tile(**fields["up"]), tile(**fields["down"]), fields.get("quantize", False))
+        for part in (plan.up, plan.down):
+            if isinstance(part, Tile) and part.rows not in BLOCK_SIZES:
+                raise ValueError(f"a tile of {part.rows} rows, expected one of {', '.join(map(str, BLOCK_SIZES))}")
+        return plan
 
 
 Table = Mapping[str, Sequence[tuple[int, Plan]]]  # shape key -> (tokens, plan), tokens ascending
 
 
 def choose_plan(tokens: int, shape: LayerShape, table: Table) -> Plan:
-    """The plan tuned for the nearest token count (by ratio), else the heuristic's."""
+    """The plan tuned for the nearest token count (by ratio), else the heuristic's. Beyond the largest count tuned its plan is kept."""
     tuned = table.get(shape.key)
     if not tuned:
         return heuristic(tokens, shape)
-    return min(tuned, key=lambda entry: abs(math.log(max(tokens, 1) / entry[0])))[1]
+    tokens = max(tokens, 1)
+    nearest, plan = min(tuned, key=lambda entry: abs(math.log(tokens / entry[0])))
+    near = nearest / FARTHEST <= tokens <= nearest * FARTHEST or (tokens > nearest >= LARGEST)
+    return plan if near else heuristic(tokens, shape)
 
 
 def heuristic(tokens: int, shape: LayerShape) -> Plan:
@@ -137,13 +147,16 @@ def read_table(path: Path) -> Table:
         return {}
     try:
         shapes = json.loads(path.read_text())["shapes"]
-        return {
+        table = {
             key: sorted(
                 ((entry["tokens"], Plan.from_json(entry["plan"])) for entry in entries), key=lambda found: found[0]
             )
             for key, entries in shapes.items()
         }
-    except (KeyError, TypeError, ValueError) as error:
+        if counts := [tokens for entries in table.values() for tokens, _ in entries if tokens < 1]:
+            raise ValueError(f"tokens is {counts[0]}, expected 1 or more")
+        return table
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is no table of plans ({error}); write it anew with `flexpert kernels tune`"
         ) from error

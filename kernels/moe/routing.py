@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK_SIZES = (16, 32, 64, 128)
+from flexpert.kernels.moe.plan import BLOCK_SIZES
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,6 @@ def route(top_k_index: Tensor, expert_slot: Tensor) -> Schedule:
     pairs, num_experts = top_k_index.numel(), len(expert_slot)
     ids = top_k_index.reshape(-1)
     bounds = tile_bounds(pairs, num_experts)
-    starts = tuple(sum(bounds[:index]) for index in range(len(bounds)))
     order, tiles, totals = _buffers(pairs, bounds, ids.device)
     sizes = {"E": num_experts, "BINS": triton.next_power_of_2(num_experts + 1), "SIZES": BLOCK_SIZES}
     if pairs <= kernels.SMALL_PAIRS:
@@ -61,7 +60,6 @@ def route(top_k_index: Tensor, expert_slot: Tensor) -> Schedule:
             totals,
             pairs,
             BLOCK=block,
-            STARTS=starts,
             num_warps=4 if block <= 1024 else 16,
             **sizes,
         )
@@ -77,8 +75,8 @@ def route(top_k_index: Tensor, expert_slot: Tensor) -> Schedule:
         tiles,
         totals,
         chunks,
+        pairs,
         CHUNKS=triton.next_power_of_2(chunks),
-        STARTS=starts,
         **sizes,
     )
     kernels.sort_chunks[(chunks,)](ids, histogram, base, order, pairs, **chunked)

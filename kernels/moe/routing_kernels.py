@@ -35,22 +35,25 @@ def _tiles_of_size(expert, slot, present, all_experts, tiles, total, begin, coun
 
 @triton.jit
 def _expert_tiles(
-    expert, counts, all_experts, slot_of, tiles, totals, begin, count, E: tl.constexpr, SIZES: tl.constexpr, STARTS: tl.constexpr
+    expert, counts, all_experts, slot_of, tiles, totals, begin, count, pairs, E: tl.constexpr, SIZES: tl.constexpr
 ):  # fmt: skip
-    """Write the tiles of one expert for every block size: (expert, slot, first row, end of its rows) each."""
+    """Write the tiles of one expert for every block size: (expert, slot, first row, end of its rows) each. A size's tiles begin behind the
+    bounds of those before (`routing.tile_bounds`), found here from `pairs`, so that no number of tokens needs kernels of its own."""
     slots = tl.load(slot_of + all_experts, mask=all_experts < E, other=-1)
     present = tl.where(slots >= 0, counts, 0)
     slot = tl.load(slot_of + expert)
+    start = 0
     for index in tl.static_range(len(SIZES)):
         _tiles_of_size(
-            expert, slot, present, all_experts, tiles + STARTS[index] * 4, totals + index, begin, count, E, SIZES[index]
+            expert, slot, present, all_experts, tiles + start * 4, totals + index, begin, count, E, SIZES[index]
         )  # fmt: skip
+        start += (pairs + tl.minimum(pairs, E) * (SIZES[index] - 1)) // SIZES[index]
 
 
 @triton.jit
 def route_small(
     ids, slot_of, order, tiles, totals, pairs,
-    E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, SIZES: tl.constexpr, STARTS: tl.constexpr,
+    E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, SIZES: tl.constexpr,
 ):  # fmt: skip
     """Grid (E,). ids [pairs] -> order [pairs] stably by expert, tiles, totals [len(SIZES)]. Ids outside 0..E-1 are left out."""
     expert = tl.program_id(0)
@@ -65,7 +68,7 @@ def route_small(
     rank = tl.cumsum(mine.to(tl.int32), 0) - 1
     tl.store(order + begin + rank, pair, mask=mine)
     count = tl.sum(mine.to(tl.int32))
-    _expert_tiles(expert, counts, all_experts, slot_of, tiles, totals, begin, count, E, SIZES, STARTS)
+    _expert_tiles(expert, counts, all_experts, slot_of, tiles, totals, begin, count, pairs, E, SIZES)
 
 
 @triton.jit
@@ -85,8 +88,8 @@ def count_chunks(ids, histogram, pairs, E: tl.constexpr, BINS: tl.constexpr, CHU
 
 @triton.jit
 def place_chunks(
-    histogram, base, slot_of, tiles, totals, chunks,
-    E: tl.constexpr, BINS: tl.constexpr, CHUNKS: tl.constexpr, SIZES: tl.constexpr, STARTS: tl.constexpr,
+    histogram, base, slot_of, tiles, totals, chunks, pairs,
+    E: tl.constexpr, BINS: tl.constexpr, CHUNKS: tl.constexpr, SIZES: tl.constexpr,
 ):  # fmt: skip
     """Grid (E,). base [chunks, BINS]: where the pairs of each expert of each chunk begin in the order; and the tiles."""
     expert = tl.program_id(0)
@@ -103,7 +106,7 @@ def place_chunks(
     chunk = tl.arange(0, CHUNKS)
     own = tl.load(histogram + chunk * BINS + expert, mask=chunk < chunks, other=0)
     tl.store(base + chunk * BINS + expert, begin + tl.cumsum(own, 0) - own, mask=chunk < chunks)
-    _expert_tiles(expert, counts, all_experts, slot_of, tiles, totals, begin, tl.sum(own), E, SIZES, STARTS)
+    _expert_tiles(expert, counts, all_experts, slot_of, tiles, totals, begin, tl.sum(own), pairs, E, SIZES)
 
 
 @triton.jit

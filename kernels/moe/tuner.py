@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor
 
 from flexpert.kernels.moe.candidates import GEMV, GEMV_FP8, Candidates, heights
-from flexpert.kernels.moe.layer import Rows, _gemv, down_product, moe_forward, quantize, up_product
-from flexpert.kernels.moe.plan import GemvTile, LayerShape, Plan, Tile, heuristic
+from flexpert.kernels.moe.layer import Rows, _gemv, down_product, forward_reference, moe_forward, quantize, up_product
+from flexpert.kernels.moe.plan import GemvTile, LayerShape, Plan, Tile, read_table
 from flexpert.kernels.moe.routing import route
 from flexpert.kernels.moe.timing import graph_time, routing
 from flexpert.kernels.moe.weights import SCALE_BLOCK, Activation, ExpertWeights, Stored
@@ -33,6 +34,10 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 SETS = 4
 GIVE_UP = 1.3  # a candidate so much slower than the best in a first look is not looked at again
 GEMV_TOKENS = 16
+GEMV_BASE = GemvTile(8, 256, 4)  # of the second product while the first is sought
+MOST_PROCESSES = 16  # each holds a CUDA context
+CHECKED_TOKENS = 1024  # a layer's plan is compared with the reference on no more
+TOLERANCE = {False: 0.02, True: 0.05}  # of the norm; rows as they come, rows in fp8
 
 
 def random_weights(
@@ -77,7 +82,7 @@ def compile_all(shape: LayerShape, processes: int | None = None) -> None:
     for quantized, up, down in products_of(shape):
         for name, candidates in (("up", up), ("down", down)):
             jobs += [(name, quantized, tile) for rows in candidates.heights for tile in candidates.of(rows)]
-    processes = processes or max(1, min(len(jobs), (os.cpu_count() or 2) - 1))
+    processes = processes or max(1, min(len(jobs), (os.cpu_count() or 2) - 1, MOST_PROCESSES))
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         list(pool.map(_compile, [shape] * processes, [jobs[i::processes] for i in range(processes)]))
 
@@ -122,9 +127,24 @@ class Tuner:
         plans = [self._grouped_plan(inputs, *products) for products in products_of(self.shape)]
         if tokens <= GEMV_TOKENS:
             plans += self._gemv_plans(inputs)
-        layer = [(self._time(plan, inputs), plan) for plan in plans]
+        layer = [(self._time(plan, inputs), plan) for plan in plans if self._is_right(plan, inputs[0])]
+        if not layer:
+            raise RuntimeError(f"{self.shape.key}, {tokens} tokens: no plan gave the reference's output on this device")
         seconds, plan = min(layer, key=lambda found: found[0])
         return plan, seconds
+
+    def _is_right(self, plan: Plan, given: tuple[Tensor, Tensor, Tensor]) -> bool:
+        """Whether the layer comes out as its reference; said where not: a tile may be miscompiled and fast."""
+        hidden, ids, weights = (tensor[:CHECKED_TOKENS] for tensor in given)
+        if not bool((self.experts[0].expert_slot[ids] >= 0).any()):
+            return True
+        expected = forward_reference(hidden, ids, weights, self.experts[0], plan.quantize)
+        far = float(
+            (moe_forward(hidden, ids, weights, self.experts[0], plan).float() - expected).norm() / expected.norm()
+        )
+        if not far <= TOLERANCE[plan.quantize]:
+            log.warning("%s: off by %.3f of the reference's norm; left out", plan, far)
+        return far <= TOLERANCE[plan.quantize]
 
     def _grouped_plan(
         self, inputs: Sequence[tuple[Tensor, Tensor, Tensor]], quantized: bool, first: Candidates, second: Candidates
@@ -155,11 +175,19 @@ class Tuner:
 
     def _gemv_plans(self, inputs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Plan]:
         """The best of both products, found one after the other: the first with a fixed second."""
-        base = heuristic(1, self.shape).down
         tiles = _gemv_tiles(self.shape)
-        first = min(tiles, key=lambda tile: self._time(Plan("gemv", tile, base), inputs))
-        second = min(tiles, key=lambda tile: self._time(Plan("gemv", first, tile), inputs))
-        return [Plan("gemv", first, second)]
+        first = min(tiles, key=lambda tile: self._tried(Plan("gemv", tile, GEMV_BASE), inputs))
+        second = min(tiles, key=lambda tile: self._tried(Plan("gemv", first, tile), inputs))
+        plan = Plan("gemv", first, second)
+        return [plan] if self._tried(plan, inputs) < math.inf else []
+
+    def _tried(self, plan: Plan, inputs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
+        """Seconds; infinitely many where it does not run, which was said when it was compiled."""
+        try:
+            return self._time(plan, inputs)
+        except Exception:
+            torch.cuda.synchronize()
+            return math.inf
 
     def _time(self, plan: Plan, inputs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
         calls = [
@@ -174,6 +202,8 @@ class Tuner:
                 looks.append((graph_time(calls(tile), replays=2).median, tile))
             except Exception:  # said when it was compiled
                 torch.cuda.synchronize()
+        if not looks:
+            raise RuntimeError(f"{self.shape.key}: no tile of a product runs on this device; the log says why")
         fastest = min(seconds for seconds, _ in looks)
         kept = [tile for seconds, tile in sorted(looks, key=lambda look: look[0]) if seconds <= fastest * GIVE_UP][:8]
         return min(kept, key=lambda tile: graph_time(calls(tile), replays=8).median)
@@ -194,7 +224,11 @@ def tune(
 
 
 def write_table(path: Path, shapes: dict[str, list[dict[str, Any]]], versions: dict[str, str]) -> None:
-    """Add or replace shapes of a table."""
+    """Add shapes to a table, or replace their entries of the same token counts. Raises ValueError where the file is no table."""
+    read_table(path)
     known = json.loads(path.read_text())["shapes"] if path.exists() else {}
+    for key, entries in shapes.items():
+        merged = {entry["tokens"]: entry for entry in [*known.get(key, []), *entries]}
+        known[key] = [merged[tokens] for tokens in sorted(merged)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"versions": versions, "shapes": {**known, **shapes}}, indent=1) + "\n")
+    path.write_text(json.dumps({"versions": versions, "shapes": known}, indent=1) + "\n")

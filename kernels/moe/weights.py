@@ -81,7 +81,7 @@ class ExpertWeights:
     up_scale: Stored | None = None
     down_scale: Stored | None = None
     quantize_rows: bool = False
-    _descriptors: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
+    _descriptors: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, init=False)
 
     def __post_init__(self) -> None:
         unit = SCALE_BLOCK if self.scaled else 64
@@ -93,8 +93,11 @@ class ExpertWeights:
             require(arena.dtype in DTYPES, name, arena, "bfloat16, float16, float8_e4m3fn or float32")
             same = arena.dtype == self.dtype and arena.device == self.device
             require(same, name, arena, f"{self.dtype} on {self.device}, as up.arena")
+        for name, stored, factor in (("up.arena", self.up, 2), ("down.arena", self.down, 1)):
+            least = stored.offset + factor * self.inner * self.hidden
+            require(len(stored.arena) >= least, name, stored.arena, f"at least {least} elements, one slot's")
         slots = self.expert_slot
-        fits = slots.dim() == 1 and slots.dtype == torch.int32 and slots.device == self.device
+        fits = slots.dim() == 1 and len(slots) > 0 and slots.dtype == torch.int32 and slots.device == self.device
         require(fits, "expert_slot", slots, f"int32 [experts] on {self.device}")
         self._check_biases()
         self._check_scales()
@@ -184,7 +187,7 @@ class ExpertWeights:
     def _box(self, stored: Stored, sizes: tuple[int, ...], box: tuple[int, ...]) -> Any:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        key = (stored is self.up, sizes, box)
+        key = (stored.arena.data_ptr(), stored.slot_stride, stored.offset, sizes, box)
         if key not in self._descriptors:
             width, first = stored.arena.element_size(), stored.arena[stored.offset :]
             aligned = not (first.data_ptr() % 16 or stored.slot_stride * width % 16 or sizes[-1] * width % 16)

@@ -180,6 +180,9 @@ def test_plans_that_do_not_fit_are_refused() -> None:
         moe_forward(hidden, ids, weights, experts_of(), deep)
     with pytest.raises(ValueError, match="quantize_rows is False"):
         moe_forward(hidden, ids, weights, experts_of(quantize_rows=False), QUANTIZED)
+    wide = Plan("gemv", GemvTile(256, 128, 4), GEMV.down)
+    with pytest.raises(ValueError, match="a tile of 256 columns, expected a divisor of 128"):
+        moe_forward(hidden, ids, weights, experts_of(), wide)
     narrow = dataclasses.replace(QUANTIZED, up=Tile(64, 64, 128, 4, 3))
     with pytest.raises(ValueError, match="a tile of 64 columns, expected 128 for rows in fp8"):
         moe_forward(hidden, ids, weights, experts_of(), narrow)

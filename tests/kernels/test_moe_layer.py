@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from flexpert.kernels.moe import (
 from flexpert.kernels.moe import plan as plans
 from flexpert.kernels.moe.plan import GemvTile, LayerShape, Tile, choose_plan, heuristic
 from flexpert.kernels.moe.routing import route, route_reference
+from flexpert.kernels.moe.tuner import write_table
 
 pytestmark = pytest.mark.usefixtures("three_programs")
 ON_GPU = torch.cuda.is_available()
@@ -159,6 +162,8 @@ def test_schedule_matches_the_reference(tokens: int, chunked: bool, monkeypatch:
     ("change", "said"),
     [
         ({"hidden": 100}, "hidden is 100, expected a positive multiple of 64"),
+        ({"inner": 1 << 20}, r"up.arena is .*expected at least \d+ elements, one slot's"),
+        ({"expert_slot": torch.zeros(0, dtype=torch.int32)}, r"expert_slot is torch.int32 \[0\]"),
         ({"expert_slot": torch.zeros(5, dtype=torch.int64)}, r"expert_slot is torch.int64 \[5\].*int32"),
         ({"up_bias": torch.zeros(5, 3)}, r"up_bias is .*expected contiguous \[5, 128\]"),
     ],
@@ -191,11 +196,15 @@ SHAPE = LayerShape(num_experts=128, hidden=2048, inner=768, top_k=8)
 
 
 def test_the_nearest_tuned_plan_is_chosen() -> None:
-    table = {SHAPE.key: [(1, GEMV), (64, GROUPED), (1024, BOXED)]}
-    assert [choose_plan(tokens, SHAPE, table) for tokens in (0, 1, 7, 9, 250, 300, 9000)] == [
+    table = {SHAPE.key: [(2, GEMV), (16, GROUPED), (64, BOXED)]}
+    assert [choose_plan(tokens, SHAPE, table) for tokens in (0, 1, 5, 6, 31, 33, 200)] == [
         GEMV, GEMV, GEMV, GROUPED, GROUPED, BOXED, BOXED,
     ]  # fmt: skip
     assert choose_plan(64, dataclasses.replace(SHAPE, inner=832), table) == heuristic(64, SHAPE)
+    few = {SHAPE.key: [(2, GEMV)]}
+    assert choose_plan(8, SHAPE, few) == GEMV
+    assert choose_plan(9, SHAPE, few) == heuristic(9, SHAPE)
+    assert choose_plan(1 << 20, SHAPE, {SHAPE.key: [(4096, BOXED)]}) == BOXED
 
 
 def test_tables_in_the_package_can_be_read() -> None:
@@ -218,9 +227,58 @@ def test_own_tables_lie_on_top_of_the_packages(tmp_path: Path, monkeypatch: pyte
     assert SHAPE.key in found
 
 
-def test_a_broken_table_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        ({"e1": [{"tokens": 1, "plan": {"kind": "magic"}}]}, "magic"),
+        ([], "items"),
+        ({"e1": [{"tokens": 0, "plan": GEMV.to_json()}]}, "tokens is 0, expected 1 or more"),
+        (
+            {"e1": [{"tokens": 1, "plan": dataclasses.replace(GROUPED, up=Tile(48, 32, 64, 4, 2)).to_json()}]},
+            "a tile of 48 rows, expected one of 16, 32, 64, 128",
+        ),
+    ],
+)
+def test_a_broken_table_says_what_to_do(shapes: Any, said: str, tmp_path: Path) -> None:
     path = tmp_path / "h100.json"
-    path.write_text('{"shapes": {"e1": [{"tokens": 1, "plan": {"kind": "magic"}}]}}')
-    with pytest.raises(ValueError, match=r"is no table of plans .*magic.*flexpert kernels tune"):
+    path.write_text(json.dumps({"shapes": shapes}))
+    with pytest.raises(ValueError, match=rf"is no table of plans .*{said}.*flexpert kernels tune"):
         plans.read_table(path)
+    with pytest.raises(ValueError, match="is no table of plans"):
+        write_table(path, {}, {})
     assert plans.read_table(tmp_path / "none.json") == {}
+
+
+def test_tuned_counts_are_added_to_those_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "h100.json"
+    for tokens, plan in ((64, GROUPED), (1, GEMV), (64, BOXED)):
+        write_table(path, {SHAPE.key: [{"tokens": tokens, "plan": plan.to_json()}]}, {"torch": "2"})
+    assert plans.read_table(path) == {SHAPE.key: [(1, GEMV), (64, BOXED)]}
+
+
+def test_replaced_weights_are_read_through_descriptors_of_their_own() -> None:
+    """Plans that read boxes, after others of the same shape were read."""
+    experts = experts_of()
+    hidden, ids, weights = batch(5)
+    moe_forward(hidden, ids, weights, experts, BOXED)
+    arena = experts.up.arena * 2
+    other = dataclasses.replace(
+        experts, up=dataclasses.replace(experts.up, arena=arena), down=dataclasses.replace(experts.down, arena=arena)
+    )
+    assert_close(moe_forward(hidden, ids, weights, other, BOXED), forward_reference(hidden, ids, weights, other))
+
+
+def test_no_kernel_of_the_schedule_is_made_for_one_number_of_tokens() -> None:
+    from flexpert.kernels.moe import routing_kernels
+
+    constants = {
+        "E",
+        "BINS",
+        "SIZES",
+        "BLOCK",
+        "CHUNKS",
+        "CHUNK_SIZE",
+    }  # of these only powers of two depend on the tokens
+    for name in ("route_small", "count_chunks", "place_chunks", "sort_chunks"):
+        kernel = getattr(routing_kernels, name)
+        assert {argument for argument in inspect.signature(kernel.fn).parameters if argument.isupper()} <= constants
