@@ -66,7 +66,10 @@ class ShapeRun:
             if kind != "bf16" and expected is not None:
                 row["differs"][kind] = _far(calls[0](), expected)
         if self.vllm is not None:
-            calls = [lambda i=i: self.vllm.call(i)(*inputs[i]) for i in range(SETS)]
+            for number, given in enumerate(inputs):
+                self.vllm.prepare(number, *given)
+            calls = [self.vllm.call(i) for i in range(SETS)]
+            row["vllm_tuned"] = self.vllm.tuned
             try:
                 row["seconds"]["vllm"] = timed(calls, True).median
                 if expected is not None:

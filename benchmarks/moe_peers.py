@@ -1,13 +1,14 @@
 """The peers of moe_layer.py: other ways to compute the same MoE layer on the same weights' shape, each behind one callable.
 
-A peer is made once for a shape, with its own random weights in several sets, and returns for a set a call of (hidden, ids, weights).
-One that cannot be made or run here raises; the benchmark writes down what it said.
+A peer is made once for a shape, with its own random weights in several sets. It prepares a set's inputs, in the form it wants them and
+untimed, and returns the call to be timed. One that cannot be made or run here raises; the benchmark writes down what it said.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from flexpert.kernels.moe import ExpertWeights
 
-Call = Callable[[Tensor, Tensor, Tensor], object]
+Call = Callable[[], object]
 BATCHED_BYTES = 6 << 30  # transformers' batched_mm copies an expert for each pair: not beyond this
 
 
@@ -80,6 +81,7 @@ class TransformersPeer:
         self.shape, self.implementation = shape, implementation
         self.capturable = implementation != "eager"
         self.modules = [_module(shape, up, down, implementation) for up, down in sets]
+        self._inputs: dict[int, tuple[Tensor, ...]] = {}
 
     def runs(self, tokens: int) -> bool:
         if self.implementation == "eager" and self.shape.resident < self.shape.experts:
@@ -88,13 +90,11 @@ class TransformersPeer:
             return tokens * self.shape.top_k * self.shape.expert_bytes <= BATCHED_BYTES
         return True
 
+    def prepare(self, number: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+        self._inputs[number] = (hidden, *local(ids, weights, self.shape))
+
     def call(self, number: int) -> Call:
-        module = self.modules[number]
-
-        def run(hidden: Tensor, ids: Tensor, weights: Tensor) -> object:
-            return module(hidden, *local(ids, weights, self.shape))
-
-        return run
+        return partial(self.modules[number], *self._inputs[number])
 
 
 class RawGroupedMm:
@@ -110,7 +110,7 @@ class RawGroupedMm:
     def runs(self, tokens: int) -> bool:
         return True
 
-    def prepare(self, number: int, hidden: Tensor, ids: Tensor) -> None:
+    def prepare(self, number: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
         flat = ids.reshape(-1)
         flat = flat[flat < self.shape.resident]
         ends = torch.bincount(flat, minlength=self.shape.resident).cumsum(0).int()
@@ -119,9 +119,10 @@ class RawGroupedMm:
         self._inputs[number] = (rows, inner, ends)
 
     def call(self, number: int) -> Call:
-        def run(hidden: Tensor, ids: Tensor, weights: Tensor) -> object:
-            rows, inner, ends = self._inputs[number]
-            up, down = self.sets[number]
+        rows, inner, ends = self._inputs[number]
+        up, down = self.sets[number]
+
+        def run() -> object:
             torch.nn.functional.grouped_mm(rows, up, offs=ends)
             return torch.nn.functional.grouped_mm(inner, down, offs=ends)
 
@@ -155,17 +156,16 @@ class VllmPeer:
             places[: shape.resident] = torch.arange(shape.resident, device="cuda")
             self.options["expert_map"] = places
         self.tuned = fused_moe.get_moe_configs(shape.resident, shape.inner, None) is not None
+        self._inputs: dict[int, tuple[Tensor, ...]] = {}
 
     def runs(self, tokens: int) -> bool:
         return True
 
+    def prepare(self, number: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+        self._inputs[number] = (hidden, *self.sets[number], weights, ids.int())
+
     def call(self, number: int) -> Call:
-        up, down = self.sets[number]
-
-        def run(hidden: Tensor, ids: Tensor, weights: Tensor) -> object:
-            return self.fused_experts(hidden, up, down, weights, ids.int(), **self.options)
-
-        return run
+        return partial(self.fused_experts, *self._inputs[number], **self.options)
 
 
 class VllmFp8Peer:
@@ -176,6 +176,8 @@ class VllmFp8Peer:
 
         self.fused_experts = fused_moe.fused_experts
         self.sets = [_fp8_tensors(layer) for layer in layers]
+        self.tuned = fused_moe.get_moe_configs(shape.resident, shape.inner, "fp8_w8a8", 128, 128) is not None
+        self._inputs: dict[int, tuple[Tensor, ...]] = {}
         self.options: list[dict[str, Any]] = []
         for _, _, up_scale, down_scale in self.sets:
             quant = config.fp8_w8a8_moe_quant_config(up_scale, down_scale, block_shape=[128, 128])
@@ -185,13 +187,11 @@ class VllmFp8Peer:
                 places[: shape.resident] = torch.arange(shape.resident, device="cuda")
                 self.options[-1]["expert_map"] = places
 
+    def prepare(self, number: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+        self._inputs[number] = (hidden, *self.sets[number][:2], weights, ids.int())
+
     def call(self, number: int) -> Call:
-        up, down, _, _ = self.sets[number]
-
-        def run(hidden: Tensor, ids: Tensor, weights: Tensor) -> object:
-            return self.fused_experts(hidden, up, down, weights, ids.int(), **self.options[number])
-
-        return run
+        return partial(self.fused_experts, *self._inputs[number], **self.options[number])
 
 
 def _fp8_tensors(layer: ExpertWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
