@@ -54,27 +54,32 @@ bench: $(VENV)/.installed-dev ## flexpert against transformers on the same model
 install: $(VENV)/.installed ## make .venv and install flexpert into it
 install-dev: $(VENV)/.installed-dev ## the same with the tools of `make test` and `make lint`
 
+define MAKE_VENV
+[ -x $(BIN)/python ] || { \
+   python=; found=; for each in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+     if "$$each" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python="$$each"; break; fi; \
+     found="$$found $$each ($$("$$each" --version 2>/dev/null || echo not found))"; done; \
+   if [ -z "$$python" ]; then \
+     echo "make: flexpert needs Python 3.11 or newer; tried$$found." \
+       "Install one, or name one that is there: make PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
+   "$$python" -m venv $(VENV_FLAGS) $(VENV) || { rm -rf $(VENV); \
+     echo "make: $$python cannot make $(VENV); on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; }
+endef
+
 # The stamps follow the files that say what is installed; the code itself is linked, so it needs no reinstall.
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
-	@[ -x $(BIN)/python ] || { \
-	   python=; found=; for each in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
-	     if "$$each" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python="$$each"; break; fi; \
-	     found="$$found $$each ($$("$$each" --version 2>/dev/null || echo not found))"; done; \
-	   if [ -z "$$python" ]; then \
-	     echo "make: flexpert needs Python 3.11 or newer; tried$$found." \
-	       "Install one, or name one that is there: make PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
-	   "$$python" -m venv $(VENV_FLAGS) $(VENV) || { rm -rf $(VENV); \
-	     echo "make: $$python cannot make $(VENV); on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; }
+	@$(MAKE_VENV)
 	@echo "installing flexpert into $(VENV) (the first time takes some minutes)"
 	@$(PIP_INSTALL) -e .
 	@$(COMPILE)
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	@echo "installing the test and lint tools into $(VENV)"
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS)
+	@$(MAKE_VENV)
+	@echo "installing flexpert, with the test and lint tools, into $(VENV) (the first time takes some minutes)"
 	@$(PIP_INSTALL) -e ".[dev]"
 	@$(COMPILE)
-	@touch $@
+	@touch $(VENV)/.installed $@
 
 clean: ## remove caches and build output
 	@rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
