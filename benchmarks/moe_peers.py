@@ -141,7 +141,7 @@ class VllmPeer:
         self.shape, self.fused_experts = shape, fused_moe.fused_experts
         # vLLM keeps gpt-oss's matrices with the inner dimension last
         self.sets = [tuple(m.transpose(1, 2).contiguous() for m in pair) if shape.gpt_oss else pair for pair in sets]
-        self.options: dict[str, Any] = {"global_num_experts": shape.experts}
+        self.options: dict[str, Any] = _vllm_experts(shape)
         if shape.gpt_oss:
             biases = [
                 torch.zeros(shape.resident, n, dtype=torch.bfloat16, device="cuda")
@@ -151,10 +151,6 @@ class VllmPeer:
                 "activation": MoEActivation.SWIGLUOAI,
                 "quant_config": config.biased_moe_quant_config(*biases),
             }
-        if shape.resident < shape.experts:
-            places = torch.full((shape.experts,), -1, dtype=torch.int32, device="cuda")
-            places[: shape.resident] = torch.arange(shape.resident, device="cuda")
-            self.options["expert_map"] = places
         self.tuned = fused_moe.get_moe_configs(shape.resident, shape.inner, None) is not None
         self._inputs: dict[int, tuple[Tensor, ...]] = {}
 
@@ -166,6 +162,15 @@ class VllmPeer:
 
     def call(self, number: int) -> Call:
         return partial(self.fused_experts, *self._inputs[number], **self.options)
+
+
+def _vllm_experts(shape: Shape) -> dict[str, Any]:
+    """How vLLM is told which of the experts are here."""
+    if shape.resident == shape.experts:
+        return {"global_num_experts": shape.experts}
+    places = torch.full((shape.experts,), -1, dtype=torch.int32, device="cuda")
+    places[: shape.resident] = torch.arange(shape.resident, device="cuda")
+    return {"global_num_experts": shape.experts, "expert_map": places}
 
 
 class VllmFp8Peer:
@@ -181,11 +186,7 @@ class VllmFp8Peer:
         self.options: list[dict[str, Any]] = []
         for _, _, up_scale, down_scale in self.sets:
             quant = config.fp8_w8a8_moe_quant_config(up_scale, down_scale, block_shape=[128, 128])
-            self.options.append({"global_num_experts": shape.experts, "quant_config": quant})
-            if shape.resident < shape.experts:
-                places = torch.full((shape.experts,), -1, dtype=torch.int32, device="cuda")
-                places[: shape.resident] = torch.arange(shape.resident, device="cuda")
-                self.options[-1]["expert_map"] = places
+            self.options.append({**_vllm_experts(shape), "quant_config": quant})
 
     def prepare(self, number: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
         self._inputs[number] = (hidden, *self.sets[number][:2], weights, ids.int())

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexpert.hbm.errors import LoadError
-from flexpert.hbm.loading import ITEM_BYTES, BlockScale
+from flexpert.hbm.loading import BlockScale
 
 _SMALL = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
 _NUMPY: dict[str, np.dtype[Any]] = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
@@ -34,7 +34,7 @@ def scale_blocks(
     """Fill `target` with the rows of `source`, each block multiplied by its factor in float32 and rounded once."""
     with np.errstate(over="ignore", invalid="ignore"):
         matrix = _values(source, source_dtype).reshape(-1, scale.columns)
-        blocks = _values(factors, scale.dtype).reshape(-1, scale.row_bytes // ITEM_BYTES[scale.dtype])
+        blocks = _values(factors, scale.dtype).reshape(-1, scale.blocks_per_row)
         by_column = np.repeat(blocks.astype(np.float32), scale.block_columns, axis=1)[:, : scale.columns]
         for number, row_of_blocks in enumerate(by_column):
             matrix[number * scale.block_rows : (number + 1) * scale.block_rows] *= row_of_blocks

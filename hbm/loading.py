@@ -39,9 +39,13 @@ class BlockScale:
     block_columns: int
 
     @property
+    def blocks_per_row(self) -> int:
+        return -(-self.columns // self.block_columns)
+
+    @property
     def row_bytes(self) -> int:
         """Of the factors of one row of blocks."""
-        return -(-self.columns // self.block_columns) * ITEM_BYTES[self.dtype]
+        return self.blocks_per_row * ITEM_BYTES[self.dtype]
 
     def num_bytes(self, num_elements: int) -> int:
         """Of the factors of so many elements, whole rows."""

@@ -35,14 +35,12 @@ def run_experts(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_we
     """[tokens, H] -> [tokens, H], without gradients; what transformers calls in place of an experts module's forward. Raises ValueError
     for experts that the kernels do not have."""
     with torch.no_grad():
-        known = getattr(module, "flexpert_experts", None)
-        if known is not None and not hasattr(module, "flexpert_made_of"):
-            return known(hidden, top_k_index, top_k_weights)  # the binder's
-        made_of = _state_of(module)
-        if known is None or module.flexpert_made_of != made_of:
-            known = module.flexpert_experts = _computation(module)
-            module.flexpert_made_of = made_of
-        return known(hidden, top_k_index, top_k_weights)
+        experts = getattr(module, "flexpert_experts", None)
+        made_of = getattr(experts, "made_of", None)  # None: the binder's, which knows when they change
+        if experts is None or (made_of is not None and made_of != _state_of(module)):
+            experts = module.flexpert_experts = _computation(module)
+            experts.made_of = _state_of(module)
+        return experts(hidden, top_k_index, top_k_weights)
 
 
 def _state_of(module: nn.Module) -> tuple[object, ...]:

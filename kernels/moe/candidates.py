@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
-from flexpert.kernels.moe.plan import BLOCK_SIZES, GemvTile, Tile
+from flexpert.kernels.moe.plan import BLOCK_SIZES, TAIL_ROWS, GemvTile, Tile
 
 SHARED_MEMORY_BYTES = 227 * 1024
 GEMV_SIZES = (
@@ -55,10 +55,11 @@ class Candidates:
         if rows == 64:
             sizes = [(wide, 64, 8, 4), (wide // 2, 64, 4, 4), (wide, 64, 4, 3)]
         packings = (False,) if self.halves else (False, True)
+        tails = (False, True) if rows >= TAIL_ROWS else (False,)
         found = []
-        for (columns, depth, warps, stages), packed, tail in itertools.product(sizes, packings, (False, True)):
+        for (columns, depth, warps, stages), packed, tail in itertools.product(sizes, packings, tails):
             found.append(Tile(rows, columns, depth, warps, stages, 8, tma=True, packed=packed, tail=tail))
-        best = Tile(rows, wide, 64, 8, 4, 8, tma=True, packed=not self.halves, tail=True)
+        best = Tile(rows, wide, 64, 8, 4, 8, tma=True, packed=not self.halves, tail=tails[-1])
         found += [
             replace(best, group=4),
             replace(best, group=16),
@@ -91,7 +92,8 @@ class Candidates:
             for columns, depth, stages in ((64, 128, 3), (64, 128, 4), (128, 128, 3), (128, 64, 4)):
                 found += [Tile(rows, columns, depth, 8, stages, group, True, True) for group in (1, 8)]
         if rows >= 64:
-            found += [Tile(rows, 64 * scale, 64, 8, stages, 8, tma=True, tail=True) for stages in (3, 4)]
+            tail = rows >= TAIL_ROWS
+            found += [Tile(rows, 64 * scale, 64, 8, stages, 8, tma=True, tail=tail) for stages in (3, 4)]
         return found
 
     def _quantized(self, rows: int) -> list[Tile]:
@@ -101,7 +103,7 @@ class Candidates:
         for (columns, warps, stages), group in itertools.product(sizes, (4, 8, 16)):
             if rows < 128 or columns < 256:
                 tile = Tile(rows, columns, 128, warps, stages, group, tma=True, packed=not self.halves)
-                found += [tile, replace(tile, tail=True)] if rows == 128 else [tile]
+                found += [tile, replace(tile, tail=True)] if rows >= TAIL_ROWS else [tile]
                 found.append(replace(tile, programs=1, flat=True))
         return found
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SCALE_BLOCK = tl.constexpr(128)  # rows and columns of a weight that share a scale, and columns of a quantised row
-FP8_MAX = tl.constexpr(448.0)  # of float8_e4m3fn
-SMALLEST = tl.constexpr(1e-10)  # a group of zeros has a scale too
+from flexpert.kernels.moe import weights
+
+SCALE_BLOCK = tl.constexpr(weights.SCALE_BLOCK)
+FP8_MAX = tl.constexpr(weights.FP8_MAX)
+SMALLEST = tl.constexpr(weights.SMALLEST)
 
 
 @triton.jit

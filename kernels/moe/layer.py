@@ -13,13 +13,11 @@ from torch import Tensor
 
 from flexpert.kernels.arguments import require
 from flexpert.kernels.device import multiprocessors, on_its_device
-from flexpert.kernels.moe.plan import GemvTile, Plan, Tile, choose_plan, table_of
+from flexpert.kernels.moe.plan import TAIL_ROWS, GemvTile, Plan, Tile, choose_plan, table_of
 from flexpert.kernels.moe.routing import Schedule, route
-from flexpert.kernels.moe.weights import FP8, SCALE_BLOCK, ExpertWeights, Stored
+from flexpert.kernels.moe.weights import FP8, FP8_MAX, SCALE_BLOCK, SMALLEST, ExpertWeights, Stored
 
 SUM_COLUMNS = 1024
-TAIL_ROWS = 128  # half of fewer rows is computed by other instructions, so a row's bits would depend on its place
-FP8_MAX = 448.0  # of float8_e4m3fn
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the last for tests
 
 
@@ -110,7 +108,7 @@ def forward_reference(
 def quantize_reference(rows: Tensor) -> Tensor:
     """float32 [rows, columns], rounded to fp8 and back."""
     groups = rows.unflatten(1, (-1, SCALE_BLOCK))
-    scale = groups.abs().amax(2, keepdim=True).clamp(min=1e-10) / FP8_MAX
+    scale = groups.abs().amax(2, keepdim=True).clamp(min=SMALLEST) / FP8_MAX
     return ((groups / scale).to(FP8).float() * scale).flatten(1)
 
 

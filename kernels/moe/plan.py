@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 BLOCK_SIZES = (16, 32, 64, 128)  # rows of a tile: what a schedule holds tiles for
+TAIL_ROWS = 128  # half of fewer rows is computed by other instructions, so a row's bits would depend on its place
 PLANS = Path(__file__).parent / "plans"
 GEMV_PAIRS = 16  # heuristic: up to so many (token, k) pairs without a schedule
 LARGEST = 4096  # tokens from which on plans no longer change much
@@ -53,8 +54,9 @@ class LayerShape:
 class Tile:
     """Of one product. rows x columns of the result in steps of `depth`; with gate and up, `columns` of each. group: tiles that walk the
     columns together. swap: weights stand on the left. tma: weights come by the tensor-memory accelerator; packed: rows of the second
-    product too. tail: last tiles at half height. programs: per multiprocessor, 0: not persistent. flat: the loops over a program's tiles
-    and over their depth are one, so that a tile's first loads overlap the end of the one before; persistent, without half heights."""
+    product too. tail: last tiles at half height, from TAIL_ROWS on. programs: per multiprocessor, 0: not persistent. flat: the loops over
+    a program's tiles and over their depth are one, so that a tile's first loads overlap the end of the one before; persistent, without
+    half heights."""
 
     rows: int
     columns: int

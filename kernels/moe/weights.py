@@ -18,7 +18,9 @@ from flexpert.kernels.moe.plan import LayerShape
 LARGEST_BOX = 256  # rows or columns that the tensor-memory accelerator takes at once
 FP8 = torch.float8_e4m3fn
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, FP8)
-SCALE_BLOCK = 128  # rows and columns of an fp8 weight that share a scale
+FP8_MAX = 448.0  # of float8_e4m3fn
+SCALE_BLOCK = 128  # rows and columns of an fp8 weight that share a scale, and columns of a quantised row
+SMALLEST = 1e-10  # a quantised group of zeros has a scale too
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 SERVABLE = (
     "flexpert serves text decoders with a mixture of experts that transformers implements, keep no state but the keys and values of "
     "attention, and are stored in safetensors, unquantised or in fp8 with scaled blocks, for example Mixtral, Qwen2-MoE, Qwen3-MoE, "
-    "OLMoE, DeepSeek-V2, DeepSeek-V3, "
-    "GLM-4-MoE and gpt-oss (docs/models.md)"
+    "OLMoE, DeepSeek-V2, DeepSeek-V3, GLM-4-MoE and gpt-oss (docs/models.md)"
 )
 
 

@@ -63,11 +63,7 @@ def _scaled(source: Tensor, scale: BlockScale) -> Tensor:
     with open(scale.file, "rb") as file:
         file.seek(scale.file_offset)
         raw = bytearray(file.read(scale.num_bytes(source.numel())))
-    factors = (
-        torch.frombuffer(raw, dtype=_TORCH_DTYPES[scale.dtype])
-        .float()
-        .view(-1, -(-scale.columns // scale.block_columns))
-    )
+    factors = torch.frombuffer(raw, dtype=_TORCH_DTYPES[scale.dtype]).float().view(-1, scale.blocks_per_row)
     by_column = factors.repeat_interleave(scale.block_columns, 1)[:, : scale.columns]
     return (matrix * by_column.repeat_interleave(scale.block_rows, 0)[: len(matrix)]).flatten()
 
