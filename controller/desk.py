@@ -103,7 +103,7 @@ class Desk:
             "ready": conductor.ready,
             "epoch": 0 if epoch is None else epoch.number,
             "model": spec.model_id,
-            "manager": next(iter(devices.values()), {}),
+            "manager": self.manager(spec, devices, serving.values()),
             "gateway": gateway,
             "workers": self.workers(dict(zip(serving, workers, strict=True)), serving, transitions, published),
             "devices": self.devices(spec, devices, serving.values()),
@@ -140,6 +140,14 @@ class Desk:
                 }
             )
         return found
+
+    def manager(
+        self, spec: ClusterSpec, found: Mapping[str, dict[str, Any]], serving: Collection[str]
+    ) -> dict[str, Any]:
+        """The one of the first worker that serves, of the first device where none does; nothing while that one does not answer, even
+        where another does."""
+        first = next((worker_id for worker_id in spec.worker_ids if worker_id in serving), spec.worker_ids[0])
+        return found.get(device_of(first), {})
 
     def devices(
         self, spec: ClusterSpec, found: Mapping[str, dict[str, Any]], serving: Collection[str]

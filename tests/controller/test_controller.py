@@ -103,6 +103,7 @@ class PlayedComponents:
         self.asked_processes: list[str] = []
         self.drains, self.silent, self.drained = 0, False, True
         self.refuse_shape: ShapeFailed | None = None
+        self.answering = {"device-0": {"pid": 7}}
         PlayedComponents.last = self
 
     @property
@@ -161,7 +162,7 @@ class PlayedComponents:
         self.tell("test", "all stopped")
 
     async def device_status(self) -> dict[str, Any]:
-        return {"device-0": {"pid": 7}}
+        return self.answering
 
     async def ask(self, component: str, method: str, *arguments: Any) -> Any:
         return None
@@ -557,6 +558,16 @@ async def test_status_asks_every_component(runtime: RuntimeDir) -> None:
     assert status["devices"][0] == {"device": "device-0", "worker_id": "worker-0", "pid": 7}
     assert [device["worker_id"] for device in status["devices"]] == ["worker-0", None, None, None]
     assert status["ready"]
+
+
+async def test_status_never_takes_the_manager_of_another_device_for_the_workers(runtime: RuntimeDir) -> None:
+    """As while a new node agent has adopted one manager and not yet the other."""
+    controller = make_controller(runtime)
+    await watch_until(controller, "ready")
+    PlayedComponents.last.answering = {"device-1": {"pid": 8}}
+    status = await controller.status()
+    assert status["manager"] == {}
+    assert [device.get("pid") for device in status["devices"]] == [None, 8, None, None]
 
 
 async def test_bug_in_the_controller_reaches_the_user(runtime: RuntimeDir) -> None:

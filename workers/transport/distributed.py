@@ -150,7 +150,8 @@ class DistributedTransport(DoorbellTransport):
             inputs[offset : offset + parts[peer].numel()].copy_(parts[peer])
             offset += input_sizes[peer]
         try:
-            self._group.all_to_all(output, inputs, output_sizes, input_sizes)
+            with self._doorbells.collective((step, phase, 0)):
+                self._group.all_to_all(output, inputs, output_sizes, input_sizes)
         except RuntimeError as error:
             self._doorbells.check_open((step, phase, 0))
             suspects = self._doorbells.suspects((step, phase, 0))

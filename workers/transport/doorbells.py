@@ -3,11 +3,11 @@
 One `Doorbells` has a socket for each peer. A transport rings its peers, then collects all of theirs; it sleeps in poll meanwhile, and
 wakes for one peer at a time, since a wake per peer costs more than reading the others late. The first missing peer's bytes wake it,
 the others only by hanging up. Doorbells of later phases are kept. Used by `mapped` and `distributed`; single-threaded but for
-`wake`, `close` and a thread that speaks up while this rank computes.
+`wake`, `close` and a thread that speaks up while this rank computes or is within a collective.
 
-Who is a suspect: a rank that has waited for half of the deadline, or gives up, tells its peers so (a notice); those that are only
-waiting themselves, or have closed after they gave up, are not blamed. Idle ranks give up too, where a peer is gone. Should the end of
-one that gave up be seen before the end of the one it gave up for, that one is waited for.
+Who is a suspect: a rank that has waited for half of the deadline, here or within a collective, or gives up, tells its peers so (a
+notice); those that are only waiting themselves, or have closed after they gave up, are not blamed. Idle ranks give up too, where a peer
+is gone. Should the end of one that gave up be seen before the end of the one it gave up for, that one is waited for.
 
 Slow is not dead: while a rank computes between two exchanges, it says that it is busy, four times in a deadline, and its peers' deadline
 counts from the last time it did. A process that was stopped is silent. Because a thread says so that does not see whether the computation
@@ -24,7 +24,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from flexpert.workers.transport.base import StepMissed
@@ -82,6 +82,8 @@ class Doorbells:
         self._closed = False
         self._last: Key = (-1, -1, -1)  # what this rank rang last
         self._busy_notices_left = 0  # before its first exchange, and after it gave up, a rank says nothing
+        self._collective: tuple[Key, float] | None = None  # this rank is within it, since when
+        self._collective_lock = threading.Lock()
         self._ended = threading.Event()
         self._speaker = threading.Thread(target=self._speak_up, name="doorbells", daemon=True)
         self._speaker.start()
@@ -144,6 +146,18 @@ class Doorbells:
         with self._wake_lock:
             if not self._closed:
                 os.eventfd_write(self._wake, 1)
+
+    @contextlib.contextmanager
+    def collective(self, key: Key) -> Iterator[None]:
+        """Around what all ranks began with `key` and this thread waits in: should that last, its peers are told that this rank waits."""
+        with self._collective_lock:
+            self._collective = key, time.monotonic()
+        try:
+            yield
+        finally:
+            with self._collective_lock:
+                self._collective = None
+            self._busy_notices_left = MOST_BUSY_NOTICES
 
     def suspects(self, key: Key) -> list[int]:
         """Who seems to have broken what all ranks began with `key`: those that are gone, or else that neither say that it broke for them
@@ -303,8 +317,10 @@ class Doorbells:
             self._send(peer, _DOORBELL.pack(self.epoch_number, *key, _WAITING, 0, 0, 0))
 
     def _speak_up(self) -> None:
-        """Until the end: where this rank is in no exchange and waits for nothing, say that it is busy."""
+        """Until the end: where this rank is in no exchange and waits for nothing, say that it is busy; within a long collective that it
+        waits."""
         while not self._ended.wait(self.step_timeout_s / 4):
+            self._speak_of_collective()
             if self.busy.acquire(blocking=False):
                 try:
                     if self._busy_notices_left > 0:
@@ -312,6 +328,14 @@ class Doorbells:
                         self._tell_busy()
                 finally:
                     self.busy.release()
+
+    def _speak_of_collective(self) -> None:
+        with self._collective_lock:  # the rank's own thread uses no socket until it has this
+            if self._collective is not None:
+                key, began_s = self._collective
+                if time.monotonic() - began_s >= self.step_timeout_s / 2:
+                    with contextlib.suppress(ProtocolError):  # this rank's own exchange will notice
+                        self._tell_waiting(key)
 
     def _tell_busy(self) -> None:
         for peer in self._peers.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -54,6 +55,15 @@ def collect(rank: Doorbells, key: tuple[int, int, int]) -> set[int]:
         return set(rank.collect(key))
 
 
+def wait_for_notice(rank: Doorbells, sender: int) -> None:
+    """Until `sender` has told this rank that it waits."""
+    with rank.busy:
+        peer = rank._peers[sender]
+        while not peer.excused:
+            select.select([peer.sock], [], [])
+            rank._read_one(peer)
+
+
 def test_rank_that_computes_beyond_the_deadline_is_waited_for(ranks, threads) -> None:
     ring(ranks[0], (0, 1, 0))
     ring(ranks[1], (0, 1, 0))
@@ -83,6 +93,29 @@ def test_rank_that_never_answers_again_is_given_up_some_time(ranks, threads) -> 
     with pytest.raises(StepMissed) as error:
         waiting.result(TIMEOUT_S)
     assert error.value.suspects == (2,)
+
+
+def test_rank_that_waits_within_a_collective_is_no_suspect(ranks, threads) -> None:
+    """Rank 2 is silent, as if it had been stopped within the collective; rank 1 is held up there by it, rank 0 already beyond."""
+    with ranks[2].busy, ranks[1].busy, ranks[1].collective((0, 0, 0)):
+        ring(ranks[0], (0, 1, 0))
+        with pytest.raises(StepMissed) as error:
+            threads.submit(collect, ranks[0], (0, 1, 0)).result(TIMEOUT_S)
+    assert error.value.suspects == (2,)
+
+
+def test_rank_speaks_up_again_after_a_long_collective(ranks, threads) -> None:
+    """It has told its peers that it waits; now it computes, for longer than the deadline."""
+    with ranks[1].busy, ranks[1].collective((0, 0, 0)):
+        ring(ranks[0], (0, 1, 0))
+        ring(ranks[2], (0, 1, 0))
+        told = threads.submit(wait_for_notice, ranks[0], 1)
+        told.result(TIMEOUT_S)
+    waiting = threads.submit(collect, ranks[0], (0, 1, 0))
+    done, _ = wait([waiting], timeout=4 * STEP_TIMEOUT_S)
+    assert not done, waiting.exception()
+    ring(ranks[1], (0, 1, 0))
+    assert waiting.result(TIMEOUT_S) == {1, 2}
 
 
 def test_rank_outside_of_a_step_says_nothing(ranks) -> None:
